@@ -1,0 +1,525 @@
+// One pass over W yields z = Wᵀ(W x): a panel of rows stays in cache between y = W_r x and
+// z += W_rᵀ y. Small matrices run one per thread, from a packed copy; large ones one after the
+// other, their rows shared out among all threads.
+#include "gti/power_iteration.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <limits>
+#include <utility>
+#include <vector>
+
+#include "simd.h"
+
+namespace gti {
+namespace {
+
+constexpr int64_t kSmallBytes = 768 * 1024;   // of a packed matrix: it stays in a core's L2
+constexpr int64_t kPanelBytes = 128 * 1024;   // of a packed panel of a large matrix
+constexpr int64_t kBlockBytes = 256 * 1024;   // of a block of rows with a z of its own, at least
+constexpr int64_t kMaxBlocks = 64;
+
+template <class C>
+constexpr int kLanes = 64 / sizeof(C);
+
+template <class C>
+int64_t padded(int64_t n) {
+  return (n + kLanes<C> - 1) / kLanes<C> * kLanes<C>;
+}
+
+// ---- the pass over a panel ---------------------------------------------------------------------
+
+// Sizes of W, gathered during the first pass: the largest sum of |W| in a row, |W| by columns, ‖W‖²_F.
+// Sums run in C: their relative error, rows or columns times epsilon, is part of the bound `upper`.
+template <class C>
+struct Sizes {
+  double row = 0.0, frobenius2 = 0.0;
+  bool finite = true;
+  Buffer<C> column;  // [np]
+};
+
+// w: R rows of np columns; y [R] = w x; z [np] += wᵀ y. With kMeasure, also adds the rows to sizes.
+template <int R, bool kMeasure, class C>
+GTI_INLINE void row_group(const C* w, int64_t np, const C* x, C* y, C* z, Sizes<C>* sizes) {
+  constexpr int N = kLanes<C>;
+  Vec<C, N> sum[R] = {};
+  for (int64_t j = 0; j < np; j += N) {
+    const auto x_v = load<N>(x + j);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) sum[r] += load<N>(w + r * np + j) * x_v;
+  }
+  lane_sums<C, N>(sum, y);
+  Vec<C, N> row[R] = {}, squares = {};
+  for (int64_t j = 0; j < np; j += N) {
+    auto z_v = load<N>(z + j);
+    Vec<C, N> column = {};
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const auto w_v = load<N>(w + r * np + j);
+      z_v += y[r] * w_v;
+      if constexpr (kMeasure) {
+        const auto size = w_v < C(0) ? -w_v : w_v;
+        row[r] += size;
+        column += size;
+        squares += w_v * w_v;
+      }
+    }
+    store(z + j, z_v);
+    if constexpr (kMeasure) {
+      C* column_at = sizes->column.data() + j;
+      store(column_at, load<N>(column_at) + column);
+    }
+  }
+  if constexpr (kMeasure) {
+    C sums[R];
+    lane_sums<C, N>(row, sums);
+    for (int r = 0; r < R; ++r) {
+      sizes->finite &= std::isfinite(sums[r]);
+      sizes->row = std::max(sizes->row, static_cast<double>(sums[r]));
+    }
+    sizes->frobenius2 += lane_sum<C, N>(squares);
+  }
+}
+
+template <bool kMeasure, class C>
+GTI_INLINE void panel_pass_any(const C* w, int64_t rows, int64_t np, const C* x, C* y, C* z,
+                               Sizes<C>* sizes) {
+  int64_t r = 0;
+  for (; r + 8 <= rows; r += 8) row_group<8, kMeasure>(w + r * np, np, x, y + r, z, sizes);
+  for (; r < rows; ++r) row_group<1, kMeasure>(w + r * np, np, x, y + r, z, sizes);
+}
+
+// Copies rows of n elements to rows of np, scaled, the rest of each row zero.
+template <class T, class C>
+GTI_INLINE void pack_any(const T* w, int64_t rows, int64_t n, C scale, C* out) {
+  constexpr int N = kLanes<C>;
+  const int64_t np = padded<C>(n), whole = n / N * N;
+  for (int64_t r = 0; r < rows; ++r, w += n, out += np) {
+    for (int64_t j = 0; j < whole; j += N) store(out + j, scale * load<N>(w + j));
+    if (whole < np) {
+      T tail[N] = {};
+      std::memcpy(tail, w + whole, (n - whole) * sizeof(T));
+      store(out + whole, scale * load<N>(tail));
+    }
+  }
+}
+
+// ---- what happens between passes ---------------------------------------------------------------
+
+template <class C>
+GTI_INLINE double dot(const C* a, const C* b, int64_t n) {
+  constexpr int N = 8;
+  Vec<double, N> sum = {};
+  int64_t i = 0;
+  for (; i + N <= n; i += N) sum += widen<N>(load<N>(a + i)) * widen<N>(load<N>(b + i));
+  double total = lane_sum<double, N>(sum);
+  for (; i < n; ++i) total += static_cast<double>(a[i]) * static_cast<double>(b[i]);
+  return total;
+}
+
+// (a, b) ← (a, r, b) · [[a0, b0], [a1, b1], [a2, b2]]
+template <class C>
+GTI_INLINE void combine(C* a, const C* r, C* b, int64_t n, const double* to_a, const double* to_b) {
+  const C a0 = to_a[0], a1 = to_a[1], a2 = to_a[2], b0 = to_b[0], b1 = to_b[1], b2 = to_b[2];
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) {
+    const C x = a[i], y = r[i], z = b[i];
+    a[i] = a0 * x + a1 * y + a2 * z;
+    b[i] = b0 * x + b1 * y + b2 * z;
+  }
+}
+
+// The unit eigenvector of the largest eigenvalue of a symmetric 3 x 3 matrix, by Jacobi rotations.
+inline void top_eigenvector(double t[3][3], double* top) {
+  double q[3][3] = {{1, 0, 0}, {0, 1, 0}, {0, 0, 1}};
+  for (int sweep = 0; sweep < 12; ++sweep) {
+    const double off = std::abs(t[0][1]) + std::abs(t[0][2]) + std::abs(t[1][2]);
+    if (off <= 1e-17 * (std::abs(t[0][0]) + std::abs(t[1][1]) + std::abs(t[2][2]))) break;
+    for (int i = 0; i < 2; ++i)
+      for (int j = i + 1; j < 3; ++j) {
+        if (t[i][j] == 0.0) continue;
+        const double ratio = (t[j][j] - t[i][i]) / (2.0 * t[i][j]);
+        const double tan = std::copysign(1.0, ratio) / (std::abs(ratio) + std::hypot(1.0, ratio));
+        const double c = 1.0 / std::sqrt(1.0 + tan * tan), s = tan * c;
+        for (int k = 0; k < 3; ++k) {
+          const double x = t[k][i], y = t[k][j];
+          t[k][i] = c * x - s * y;
+          t[k][j] = s * x + c * y;
+        }
+        for (int k = 0; k < 3; ++k) {
+          const double x = t[i][k], y = t[j][k];
+          t[i][k] = c * x - s * y;
+          t[j][k] = s * x + c * y;
+        }
+        for (int k = 0; k < 3; ++k) {
+          const double x = q[k][i], y = q[k][j];
+          q[k][i] = c * x - s * y;
+          q[k][j] = s * x + c * y;
+        }
+      }
+  }
+  int best = 0;
+  for (int i = 1; i < 3; ++i)
+    if (t[i][i] > t[best][best]) best = i;
+  for (int i = 0; i < 3; ++i) top[i] = q[i][best];
+}
+
+struct Settings {
+  PowerMethod method;
+  int64_t max_steps;
+  double tol;
+  uint64_t seed;
+};
+
+// The iteration on one matrix A = WᵀW. v is the estimate; r and s span the search space beside it;
+// y· = W·, z· = A·. r alone needs a pass, the images of v and s follow by linearity.
+template <class C>
+struct Iteration {
+  int64_t m, np;
+  Buffer<C> memory;
+  C *v, *r, *s, *zv, *zr, *zs;  // [np]
+  C *yv, *yr, *ys;              // [m]
+  double theta = 0.0, residual = 0.0;
+  int64_t steps = 0;
+
+  Iteration(int64_t m, int64_t n) : m(m), np(padded<C>(n)), memory(6 * np + 3 * m) {
+    C* at = memory.data();
+    for (C** x : {&v, &r, &s, &zv, &zr, &zs}) *x = std::exchange(at, at + np);
+    for (C** y : {&yv, &yr, &ys}) *y = std::exchange(at, at + m);
+  }
+
+  // The direction of the next pass and where its images go.
+  bool on_v(const Settings& set) const { return steps == 0 || set.method == PowerMethod::power; }
+  C* x(const Settings& set) const { return on_v(set) ? v : r; }
+  C* y(const Settings& set) const { return on_v(set) ? yv : yr; }
+  C* z(const Settings& set) const { return on_v(set) ? zv : zr; }
+};
+
+// After z and y of the last direction are there: improves v, its residual and the next direction.
+// Returns true when the iteration is over.
+template <class C>
+GTI_INLINE bool update_any(Iteration<C>& it, const Settings& set) {
+  const int64_t m = it.m, np = it.np;
+  ++it.steps;
+  if (set.method == PowerMethod::cg && it.steps > 1) {
+    const C* y[3] = {it.yv, it.yr, it.ys};
+    double t[3][3], top[3];
+    for (int i = 0; i < 3; ++i)
+      for (int j = i; j < 3; ++j) t[i][j] = t[j][i] = dot(y[i], y[j], m);
+    top_eigenvector(t, top);
+    // The move (0, top₁, top₂) made orthonormal to the new v, in coordinates: nothing cancels.
+    const double move = std::hypot(top[1], top[2]);
+    double to_s[3] = {0.0, 0.0, 1.0};
+    if (move > 0.0) {
+      to_s[0] = -move;
+      to_s[1] = top[0] * top[1] / move;
+      to_s[2] = top[0] * top[2] / move;
+    }
+    combine(it.v, it.r, it.s, np, top, to_s);
+    combine(it.zv, it.zr, it.zs, np, top, to_s);
+    combine(it.yv, it.yr, it.ys, m, top, to_s);
+  }
+  it.theta = dot(it.yv, it.yv, m);
+  const C theta = static_cast<C>(it.theta);
+#pragma omp simd
+  for (int64_t j = 0; j < np; ++j) it.r[j] = it.zv[j] - theta * it.v[j];
+  const double length = std::sqrt(dot(it.r, it.r, np));
+  it.residual = it.theta > 0.0 ? length / it.theta : 0.0;
+  if (it.steps == set.max_steps || (it.residual <= set.tol && set.tol > 0.0)) return true;
+
+  if (set.method == PowerMethod::power) {
+    const double norm = std::sqrt(dot(it.zv, it.zv, np));
+    const C scale = static_cast<C>(1.0 / norm);
+#pragma omp simd
+    for (int64_t j = 0; j < np; ++j) it.v[j] = norm > 0.0 ? scale * it.zv[j] : it.v[j];
+    return false;
+  }
+  // The residual of a Ritz vector is orthogonal to the space it came from, up to rounding.
+  double scale = length > 0.0 ? 1.0 / length : 0.0;
+  for (int twice = 0; twice < 2 && scale > 0.0; ++twice) {
+    const C a = static_cast<C>(scale);
+#pragma omp simd
+    for (int64_t j = 0; j < np; ++j) it.r[j] *= a;
+    const C on_v = static_cast<C>(dot(it.v, it.r, np)), on_s = static_cast<C>(dot(it.s, it.r, np));
+#pragma omp simd
+    for (int64_t j = 0; j < np; ++j) it.r[j] -= on_v * it.v[j] + on_s * it.s[j];
+    const double left = std::sqrt(dot(it.r, it.r, np));
+    scale = left > 100.0 * std::numeric_limits<C>::epsilon() ? 1.0 / left : 0.0;
+  }
+  const C a = static_cast<C>(scale);
+#pragma omp simd
+  for (int64_t j = 0; j < np; ++j) it.r[j] *= a;
+  return false;
+}
+
+// ---- the clones --------------------------------------------------------------------------------
+
+// sizes: nullptr, or where to add the sizes of the panel.
+#define GTI_POWER_ITERATION(C)                                                                    \
+  GTI_CLONES void panel_pass(const C* w, int64_t rows, int64_t np, const C* x, C* y, C* z,        \
+                             Sizes<C>* sizes) {                                                   \
+    sizes ? panel_pass_any<true>(w, rows, np, x, y, z, sizes)                                     \
+          : panel_pass_any<false>(w, rows, np, x, y, z, sizes);                                   \
+  }                                                                                               \
+  GTI_CLONES bool update(Iteration<C>& it, const Settings& set) { return update_any(it, set); }
+GTI_POWER_ITERATION(double)
+GTI_POWER_ITERATION(float)
+#undef GTI_POWER_ITERATION
+
+GTI_CLONES void pack(const double* w, int64_t rows, int64_t n, double scale, double* out) {
+  pack_any(w, rows, n, scale, out);
+}
+GTI_CLONES void pack(const float* w, int64_t rows, int64_t n, float scale, float* out) {
+  pack_any(w, rows, n, scale, out);
+}
+GTI_CLONES void pack(const bf16* w, int64_t rows, int64_t n, float scale, float* out) {
+  pack_any(w, rows, n, scale, out);
+}
+GTI_CLONES void pack(const f16* w, int64_t rows, int64_t n, float scale, float* out) {
+  pack_any(w, rows, n, scale, out);
+}
+
+// ---- one matrix --------------------------------------------------------------------------------
+
+// Element e of the random start vector of a matrix: uniform on (−1, 1), exact in fp32; the
+// splitmix64 finaliser of seed, matrix number and e.
+float start_element(uint64_t seed, uint64_t matrix, uint64_t e) {
+  uint64_t x = seed * 0x9E3779B97F4A7C15u + matrix * 0xD1342543DE82EF95u +
+               (e + 1) * 0x94D049BB133111EBu;
+  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+  x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
+  x = x ^ (x >> 31);
+  return (static_cast<float>(x >> 40) * 2.0f + 1.0f) * 0x1p-24f - 1.0f;
+}
+
+template <class T>
+struct Matrix {
+  using C = compute_t<T>;
+  const PowerIterationItem& item;
+  int64_t index;   // within the item
+  int64_t number;  // through the list
+  C scale = 1;
+
+  const T* w() const { return static_cast<const T*>(item.w) + index * item.m * item.n; }
+
+  // Rows [begin, end), np columns each, scaled: as they lie in memory where that will do.
+  const C* panel(int64_t begin, int64_t end, Buffer<C>& buffer) const {
+    if constexpr (std::is_same_v<T, C>)
+      if (scale == C(1) && item.n == padded<C>(item.n)) return w() + begin * item.n;
+    const int64_t needed = (end - begin) * padded<C>(item.n);
+    if (buffer.size() < needed) buffer.resize(needed);
+    pack(w() + begin * item.n, end - begin, item.n, scale, buffer.data());
+    return buffer.data();
+  }
+
+  void start(Iteration<C>& it, const Settings& set) const {
+    const int64_t n = item.n;
+    const C* given = static_cast<const C*>(item.start);
+    for (int64_t j = 0; given && j < n; ++j) it.v[j] = given[index * n + j];
+    double norm = given ? std::sqrt(dot(it.v, it.v, n)) : 0.0;
+    if (!(norm > 0.0 && std::isfinite(norm))) {
+      for (int64_t j = 0; j < n; ++j)
+        it.v[j] = start_element(set.seed, static_cast<uint64_t>(number), static_cast<uint64_t>(j));
+      norm = std::sqrt(dot(it.v, it.v, n));
+    }
+    for (int64_t j = 0; j < n; ++j) it.v[j] = static_cast<C>(it.v[j] / norm);
+  }
+
+  // Looks at every entry: true where all are finite; the largest magnitude.
+  bool scan(double& largest) const {
+    bool finite = true;
+    largest = 0.0;
+    for (int64_t i = 0; i < item.m * item.n; ++i) {
+      const double x = std::abs(static_cast<double>(load<1>(w() + i)[0]));
+      finite &= std::isfinite(x);
+      largest = std::max(largest, x);
+    }
+    return finite;
+  }
+
+  // After the first look at W, taken at scale 1: true where its squares might leave the range of C.
+  // Then `scale` brings the largest entry near 1 and `sizes` belong to the scaled matrix, which is to
+  // be measured again; sizes.finite is false where W holds a NaN or an infinity.
+  bool rescale(Sizes<C>& sizes) {
+    const int safe = sizeof(C) == 8 ? 400 : 40;
+    const bool in_range = sizes.row == 0.0 || std::abs(std::ilogb(sizes.row)) <= safe;
+    if (sizes.finite && (in_range || scale != C(1))) return false;
+    double largest = sizes.row;
+    sizes.finite = scan(largest);
+    if (!sizes.finite || largest == 0.0 || scale != C(1)) return false;
+    const int most = std::numeric_limits<C>::max_exponent - 2;  // 2^most is finite
+    scale = static_cast<C>(std::ldexp(1.0, std::clamp(-std::ilogb(largest), -most, most)));
+    sizes = Sizes<C>{};
+    sizes.column.resize(padded<C>(item.n));
+    return true;
+  }
+
+  void finish(const Iteration<C>& it, const Sizes<C>& sizes, const Settings& set) const {
+    const int64_t m = item.m, n = item.n;
+    C* u = static_cast<C*>(item.u) + index * m;
+    C* v = static_cast<C*>(item.v) + index * n;
+    if (!sizes.finite) {
+      const double nan = std::numeric_limits<double>::quiet_NaN();
+    item.sigma[index] = item.residual[index] = item.upper[index] = nan;
+      std::fill(u, u + m, static_cast<C>(nan));
+      std::fill(v, v + n, static_cast<C>(nan));
+      item.steps[index] = 0;
+      item.converged[index] = false;
+      return;
+    }
+    const double inverse = 1.0 / static_cast<double>(scale);
+    const double wv = std::sqrt(dot(it.yv, it.yv, m)), length = std::sqrt(dot(it.v, it.v, n));
+    item.sigma[index] = wv / length * inverse;
+    for (int64_t j = 0; j < n; ++j) v[j] = static_cast<C>(it.v[j] / length);
+    for (int64_t i = 0; i < m; ++i) u[i] = static_cast<C>(wv > 0.0 ? it.yv[i] / wv : i == 0);
+    item.residual[index] = it.residual;
+    item.steps[index] = it.steps;
+    item.converged[index] = it.residual <= set.tol;
+    const C* column = sizes.column.data();
+    const double one = *std::max_element(column, column + it.np);
+    const double least = std::min(std::sqrt(one) * std::sqrt(sizes.row), std::sqrt(sizes.frobenius2));
+    const double rounding = (m + it.np + 8) * std::numeric_limits<C>::epsilon();
+    item.upper[index] = least * (1.0 + rounding) * inverse;
+  }
+};
+
+template <class T>
+void run_small(Matrix<T> matrix, const Settings& set) {
+  using C = compute_t<T>;
+  const int64_t m = matrix.item.m, np = padded<C>(matrix.item.n);
+  Buffer<C> buffer;
+  Sizes<C> sizes;
+  sizes.column.resize(np);
+  Iteration<C> it(m, matrix.item.n);
+  matrix.start(it, set);
+  const C* w = matrix.panel(0, m, buffer);
+  panel_pass(w, m, np, it.v, it.yv, it.zv, &sizes);
+  if (matrix.rescale(sizes)) {
+    w = matrix.panel(0, m, buffer);
+    std::fill(it.zv, it.zv + np, C(0));
+    panel_pass(w, m, np, it.v, it.yv, it.zv, &sizes);
+  }
+  while (sizes.finite && !update(it, set)) {
+    std::fill(it.z(set), it.z(set) + np, C(0));
+    panel_pass(w, m, np, it.x(set), it.y(set), it.z(set), static_cast<Sizes<C>*>(nullptr));
+  }
+  matrix.finish(it, sizes, set);
+}
+
+template <class T>
+void run_large(Matrix<T> matrix, const Settings& set, int threads) {
+  using C = compute_t<T>;
+  const int64_t m = matrix.item.m, n = matrix.item.n, np = padded<C>(n);
+  const int64_t row_bytes = np * static_cast<int64_t>(sizeof(C));
+  const int64_t panel_rows = std::max<int64_t>(8, kPanelBytes / row_bytes / 8 * 8);
+  // A power of two, so that any usual number of threads shares them evenly.
+  const auto blocks = static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(std::clamp<int64_t>(
+      m * row_bytes / kBlockBytes, 1, std::min<int64_t>(kMaxBlocks, (m + 15) / 16)))));
+  const auto first_row = [=](int64_t b) { return std::min(m, (m + 7) / 8 * b / blocks * 8); };
+
+  Iteration<C> it(m, n);
+  Sizes<C> sizes;
+  sizes.column.resize(np);
+  Buffer<C> partial_z(blocks * np);
+  std::vector<Sizes<C>> partial_sizes(blocks);
+  bool measured = false, done = false;
+  matrix.start(it, set);
+
+#pragma omp parallel num_threads(threads)
+  {
+#ifdef _OPENMP
+    const int64_t thread = omp_get_thread_num(), team = omp_get_num_threads();
+#else
+    const int64_t thread = 0, team = 1;
+#endif
+    Buffer<C> buffer;
+    while (!done) {
+      const C* x = it.x(set);
+      C *y = it.y(set), *z = it.z(set);
+      // Odd passes go backwards: what the last pass left in cache comes first.
+      const bool backwards = it.steps % 2;
+      const int64_t low = blocks * thread / team, high = blocks * (thread + 1) / team;
+      for (int64_t c = 0; c < high - low; ++c) {
+        const int64_t b = backwards ? high - 1 - c : low + c;
+        const int64_t begin = first_row(b), end = first_row(b + 1);
+        C* z_b = partial_z.data() + b * np;
+        std::fill(z_b, z_b + np, C(0));
+        if (!measured) {
+          partial_sizes[b] = Sizes<C>{};
+          partial_sizes[b].column.resize(np);
+        }
+        const int64_t panels = (end - begin + panel_rows - 1) / panel_rows;
+        for (int64_t q = 0; q < panels; ++q) {
+          const int64_t r = begin + (backwards ? panels - 1 - q : q) * panel_rows;
+          const int64_t rows = std::min(panel_rows, end - r);
+          const C* w = matrix.panel(r, r + rows, buffer);
+          panel_pass(w, rows, np, x, y + r, z_b, measured ? nullptr : &partial_sizes[b]);
+        }
+      }
+#pragma omp barrier
+      const int64_t from = np * thread / team, to = np * (thread + 1) / team;
+      const C* part = partial_z.data();
+      for (int64_t j = from; j < to; ++j) z[j] = part[j];
+      for (int64_t b = 1; b < blocks; ++b)
+        for (int64_t j = from; j < to; ++j) z[j] += part[b * np + j];
+#pragma omp barrier
+#pragma omp single
+      {
+        if (!measured) {
+          for (const Sizes<C>& part_sizes : partial_sizes) {
+            sizes.row = std::max(sizes.row, part_sizes.row);
+            sizes.frobenius2 += part_sizes.frobenius2;
+            sizes.finite &= part_sizes.finite;
+            for (int64_t j = 0; j < np; ++j)
+              sizes.column.data()[j] += part_sizes.column.data()[j];
+          }
+          measured = !matrix.rescale(sizes);
+          done = !sizes.finite;
+        }
+        if (measured && !done) done = update(it, set);
+      }
+    }
+  }
+  matrix.finish(it, sizes, set);
+}
+
+}  // namespace
+
+void power_iteration(const PowerIterationItem* items, int64_t n_items, PowerMethod method,
+                     int64_t max_steps, double tol, uint64_t seed, int threads) {
+  const Settings set{method, max_steps, tol, seed};
+  struct Task {
+    int64_t item, index, number, bytes;
+  };
+  std::vector<Task> tasks;
+  int64_t number = 0, total = 0;
+  for (int64_t i = 0; i < n_items; ++i) {
+    const int64_t bytes =
+        items[i].m * (items[i].dtype == DType::f64 ? padded<double>(items[i].n) * 8
+                                                   : padded<float>(items[i].n) * 4);
+    for (int64_t b = 0; b < items[i].batch; ++b) tasks.push_back({i, b, number++, bytes});
+    total += items[i].batch * bytes;
+  }
+  std::stable_sort(tasks.begin(), tasks.end(),
+                   [](const Task& a, const Task& b) { return a.bytes > b.bytes; });
+  const auto run = [&](const Task& task, int team) {
+    with_dtype(items[task.item].dtype, [&](auto* tag) {
+      Matrix<std::remove_pointer_t<decltype(tag)>> matrix{items[task.item], task.index,
+                                                          task.number};
+      task.bytes <= kSmallBytes ? run_small(matrix, set) : run_large(matrix, set, team);
+    });
+  };
+  // A thread a matrix needs no barriers; matrices too large to be balanced that way come first, with
+  // all threads at each.
+  const int64_t count = static_cast<int64_t>(tasks.size());
+  int64_t next = 0;
+  while (threads > 1 && next < count && tasks[next].bytes > std::max(kSmallBytes, total / threads)) {
+    total -= tasks[next].bytes;
+    run(tasks[next++], threads);
+  }
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (count - next > 1)
+  for (int64_t i = next; i < count; ++i) run(tasks[i], 1);
+}
+
+}  // namespace gti

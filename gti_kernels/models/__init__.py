@@ -1,0 +1,1 @@
+"""Small reference models and data for the certificate."""

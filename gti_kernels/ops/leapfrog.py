@@ -1,0 +1,414 @@
+"""Kick, drift and the leapfrog integrator, in place over a whole parameter list.
+
+Phase space (q, p), H = ½ pᵀM⁻¹p + L(q). A kick moves p along −∇L, a drift moves q along M⁻¹p; each
+is the exact flow of one half of H, so any composition is symplectic (Hairer, Lubich, Wanner 2006,
+"Geometric Numerical Integration", II.5).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from .. import backends
+from ..reference import leapfrog as reference
+from .arguments import (
+    InvMass,
+    check_alike,
+    check_disjoint,
+    finite,
+    inv_mass_list,
+    tensor_list,
+    unlike_layouts,
+)
+from .library import is_plain_eager, refuse_derivative, register
+
+Tensors = Tensor | Sequence[Tensor]
+
+_REMEDY = "Call it under torch.no_grad(), or pass detached tensors"
+_CUBE_ROOT = 2.0 ** (1.0 / 3.0)
+#: Step fractions of a composition of Verlet steps, by order (Yoshida 1990 for order 4).
+_STAGES = {
+    2: (1.0,),
+    4: (1.0 / (2.0 - _CUBE_ROOT), -_CUBE_ROOT / (2.0 - _CUBE_ROOT), 1.0 / (2.0 - _CUBE_ROOT)),
+}
+
+
+def kick_(
+    p: Tensors, grad: Tensors, step: float, *, damp: float = 1.0, backend: str = "auto"
+) -> None:
+    """p ← damp·p − step·grad, in place.
+
+    Args:
+        p: momenta, a tensor or a list of tensors; fp64, fp32, bf16 or fp16, one device. Written.
+        grad: ∇L, shaped like p, same dtypes.
+        step: time step of the kick [time]; damp: factor without unit, e^{−γ·dt} for a damping γ.
+        backend: "auto", "reference", "cpu" or "triton"; see `gti_kernels.explain`.
+
+    Accuracy: fp32 arithmetic for bf16, fp16 and fp32, fp64 for fp64; each element is rounded to its
+    dtype once.
+
+    Raises:
+        TypeError, ValueError: argument, expectation, what came. RuntimeError: a derivative is wanted
+        (p requires grad outside torch.no_grad()), or the named backend cannot run. p is as before.
+
+    >>> import torch, gti_kernels as gti
+    >>> p = torch.tensor([1.0, 2.0])
+    >>> gti.kick_(p, torch.tensor([10.0, 10.0]), 0.1)
+    >>> p
+    tensor([0., 1.])
+    """
+    ps, grads = tensor_list(p), tensor_list(grad)
+    step, damp = finite("kick_", "step", step), finite("kick_", "damp", damp)
+    refuse_derivative("kick_", [*ps, *grads], _REMEDY)
+    if is_plain_eager():
+        _kick_(ps, grads, step, damp, backend)
+    else:
+        torch.ops.gti_kernels.kick_(ps, grads, step, damp, backend)
+
+
+def drift_(
+    q: Tensors, p: Tensors, step: float, *, inv_mass: InvMass = 1.0, backend: str = "auto"
+) -> None:
+    """q ← q + step·M⁻¹p, in place.
+
+    Args:
+        q: positions, a tensor or a list of tensors; fp64, fp32, bf16 or fp16, one device. Written.
+        p: momenta, shaped like q, same dtypes.
+        step: time step of the drift [time].
+        inv_mass: M⁻¹, the diagonal: a float, one float per tensor, or tensors like q.
+        backend: "auto", "reference", "cpu" or "triton"; see `gti_kernels.explain`.
+
+    Accuracy and errors as in `kick_`.
+
+    >>> import torch, gti_kernels as gti
+    >>> q = torch.tensor([1.0, 2.0])
+    >>> gti.drift_(q, torch.tensor([4.0, 8.0]), 0.5, inv_mass=0.25)
+    >>> q
+    tensor([1.5000, 3.0000])
+    """
+    qs, ps = tensor_list(q), tensor_list(p)
+    step, mass = finite("drift_", "step", step), inv_mass_list("drift_", inv_mass, qs)
+    refuse_derivative("drift_", [*qs, *ps], _REMEDY)
+    if is_plain_eager():
+        _drift_(qs, ps, step, mass, [], backend)
+    else:
+        torch.ops.gti_kernels.drift_(qs, ps, step, *_split(mass), backend)
+
+
+def kick_drift_(
+    q: Tensors,
+    p: Tensors,
+    grad: Tensors,
+    kick: float,
+    drift: float,
+    *,
+    inv_mass: InvMass = 1.0,
+    damp: float = 1.0,
+    backend: str = "auto",
+) -> Tensor:
+    """p ← damp·p − kick·grad, then q ← q + drift·M⁻¹p with the new p: both in one pass over memory.
+
+    20 bytes move per fp32 parameter: grad, p and q are read, p and q written; the kinetic energy
+    comes out of the same pass.
+
+    Args:
+        q, p: positions and momenta, tensors or lists of the same shapes; fp64, fp32, bf16 or fp16, one
+            device. Written.
+        grad: ∇L(q), shaped like q, same dtypes.
+        kick, drift: time steps [time]; damp: factor of p before the kick, without unit.
+        inv_mass: M⁻¹, the diagonal: a float, one float per tensor, or tensors like q.
+        backend: "auto", "reference", "cpu" or "triton"; see `gti_kernels.explain`.
+
+    Returns:
+        ½ pᵀM⁻¹p of the new p as it was stored, a 0-d fp64 tensor [energy].
+
+    Accuracy and errors as in `kick_` and `kinetic_energy`; q and p must not share memory.
+
+    >>> import torch, gti_kernels as gti
+    >>> q, p = torch.tensor([1.0]), torch.tensor([0.0])
+    >>> gti.kick_drift_(q, p, torch.tensor([2.0]), 0.5, 0.25)  # p = −1, q = 1 − 0.25
+    tensor(0.5000, dtype=torch.float64)
+    >>> q, p
+    (tensor([0.7500]), tensor([-1.]))
+    """
+    qs, ps, grads = tensor_list(q), tensor_list(p), tensor_list(grad)
+    kick, drift = finite("kick_drift_", "kick", kick), finite("kick_drift_", "drift", drift)
+    damp, mass = finite("kick_drift_", "damp", damp), inv_mass_list("kick_drift_", inv_mass, qs)
+    refuse_derivative("kick_drift_", [*qs, *ps, *grads], _REMEDY)
+    if is_plain_eager():
+        return _kick_drift_(qs, ps, grads, kick, drift, mass, [], damp, backend)
+    return torch.ops.gti_kernels.kick_drift_(
+        qs, ps, grads, kick, drift, *_split(mass), damp, backend
+    )
+
+
+def leapfrog_(
+    q: Tensors,
+    p: Tensors,
+    grad_fn: Callable[[Any], Tensors],
+    dt: float,
+    *,
+    steps: int = 1,
+    inv_mass: InvMass = 1.0,
+    damping: float = 0.0,
+    order: int = 2,
+    backend: str = "auto",
+) -> None:
+    """`steps` steps of size dt of the (conformally) symplectic leapfrog, in place.
+
+    One step of order 2, with h = dt and γ = damping:
+
+        p ← e^{−γh/2} p;  p ← p − (h/2) ∇L(q);  q ← q + h M⁻¹p;
+        p ← p − (h/2) ∇L(q);  p ← e^{−γh/2} p
+
+    The step is a palindrome, so the same call with −dt undoes it exactly, damping included, up to
+    rounding. This differs from the form often printed, which damps before the kick in both halves:
+    that one is not its own reverse. γ = 0 keeps Ω; γ > 0 scales it by e^{−γt}. Order 4 composes three
+    such steps of sizes w₁h, w₀h, w₁h, w₁ = 1/(2 − 2^{1/3}), w₀ = 1 − 2w₁ (Yoshida 1990).
+
+    Args:
+        q, p: positions and momenta, tensors or lists of the same shapes. Written. Parameters that
+            require grad are accepted: the updates are not recorded.
+        grad_fn: called with q, returns ∇L(q) as a tensor, or a list for a list. The last half kick of
+            a step shares its gradient with the next: steps·stages + 1 calls, with 1 stage a step for
+            order 2 and 3 for order 4.
+        dt: time step [time]; negative goes back.
+        inv_mass, backend: as in `kick_drift_`. damping: γ [1/time].
+
+    Errors as in `kick_`; an exception in grad_fn leaves q and p between two stages.
+
+    >>> import torch, gti_kernels as gti
+    >>> q, p = torch.tensor([1.0], dtype=torch.float64), torch.tensor([0.0], dtype=torch.float64)
+    >>> gti.leapfrog_(q, p, lambda q: q, 0.1, steps=10)  # harmonic oscillator: q(1) ≈ cos 1 = 0.5403
+    >>> q
+    tensor([0.5396], dtype=torch.float64)
+    """
+    if order not in _STAGES:
+        raise ValueError(f"leapfrog_: order must be 2 or 4, got {order!r}")
+    if not isinstance(steps, int) or steps < 0:
+        raise ValueError(f"leapfrog_: steps must be an integer of at least 0, got {steps!r}")
+    dt, damping = finite("leapfrog_", "dt", dt), finite("leapfrog_", "damping", damping)
+    if steps == 0:
+        return
+    single = isinstance(q, Tensor)
+    sizes = [w * dt for w in _STAGES[order]] * steps
+
+    def gradient() -> list[Tensor]:
+        grad = grad_fn(q)
+        if isinstance(grad, Tensor) != single:
+            raise TypeError(
+                f"leapfrog_: grad_fn must return {'a tensor' if single else 'a list'} as q is one, "
+                f"got {type(grad).__name__}"
+            )
+        # A quadratic's gradient may be q itself, which the drift is about to overwrite.
+        return [
+            g.clone() if g is q_t else g.detach()
+            for g, q_t in zip(tensor_list(grad), qs, strict=True)
+        ]
+
+    qs, ps = tensor_list(q), tensor_list(p)
+    damp, kick = 1.0, 0.0  # what the stage before left undone: its half kick, then its half damping
+    for h in sizes:
+        half = math.exp(-0.5 * damping * h)
+        grad = gradient()
+        with torch.no_grad():
+            kick_drift_(
+                qs,
+                ps,
+                grad,
+                half * kick + 0.5 * h,
+                h,
+                inv_mass=inv_mass,
+                damp=half * damp,
+                backend=backend,
+            )
+        damp, kick = half, half * 0.5 * h
+    grad = gradient()
+    with torch.no_grad():
+        kick_(ps, grad, kick, damp=damp, backend=backend)
+
+
+# ---- implementations of the registered ops -------------------------------------------------------
+
+
+def _kick_(p: list[Tensor], grad: list[Tensor], step: float, damp: float, backend: str) -> None:
+    compiled = backends.compiled
+    if compiled is not None and backend in ("auto", "cpu") and _no_lazy_sign(p, grad):
+        if compiled.kick_(p, grad, step, damp, torch.get_num_threads()):
+            increment_version(p)
+            return
+    device, limits = limits_of_kick(p, grad)
+    chosen = backends.choose("kick_", device, backend, limits)
+    _kernels(chosen).kick_(p, grad, step, damp)
+    increment_version(p)
+
+
+def _drift_(
+    q: list[Tensor],
+    p: list[Tensor],
+    step: float,
+    inv_mass: list[Any],
+    inv_mass_tensors: list[Tensor],
+    backend: str,
+) -> None:
+    mass = inv_mass_tensors or inv_mass
+    compiled = backends.compiled
+    if compiled is not None and backend in ("auto", "cpu") and _no_lazy_sign(q, p):
+        if compiled.drift_(q, p, step, mass, torch.get_num_threads()):
+            increment_version(q)
+            return
+    device, limits = limits_of_drift(q, p, inv_mass=mass)
+    chosen = backends.choose("drift_", device, backend, limits)
+    _kernels(chosen).drift_(q, p, step, mass)
+    increment_version(q)
+
+
+def _kick_drift_(
+    q: list[Tensor],
+    p: list[Tensor],
+    grad: list[Tensor],
+    kick: float,
+    drift: float,
+    inv_mass: list[Any],
+    inv_mass_tensors: list[Tensor],
+    damp: float,
+    backend: str,
+) -> Tensor:
+    mass = inv_mass_tensors or inv_mass
+    compiled = backends.compiled
+    if compiled is not None and backend in ("auto", "cpu") and _no_lazy_sign(q, p, grad):
+        threads = torch.get_num_threads()
+        energy = compiled.kick_drift_(q, p, grad, kick, drift, mass, damp, threads)
+        if energy is not None:
+            increment_version(q)
+            increment_version(p)
+            return torch.scalar_tensor(energy, dtype=torch.float64)
+    device, limits = limits_of_kick_drift(q, p, grad, inv_mass=mass)
+    chosen = backends.choose("kick_drift_", device, backend, limits)
+    result = _kernels(chosen).kick_drift_(q, p, grad, kick, drift, mass, damp)
+    increment_version(q)
+    increment_version(p)
+    return result
+
+
+def _no_lazy_sign(*lists: list[Tensor]) -> bool:
+    """False where a tensor is a lazily negated view: its memory holds the opposite sign."""
+    return not any(t.is_neg() for tensors in lists for t in tensors)
+
+
+def _kernels(backend: str) -> Any:
+    if backend == "triton":
+        from ..triton_kernels import leapfrog as triton
+
+        return triton
+    return reference
+
+
+# ---- checks, shared by the ops and by explain ----------------------------------------------------
+
+
+def limits_of_kick(
+    p: Tensors, grad: Tensors, step: float = 0.0, **_: Any
+) -> tuple[torch.device, dict[str, str]]:
+    """Checks the arguments; the device, and backend → why it cannot take these tensors."""
+    return _limits("kick_", {"p": tensor_list(p)}, {"grad": tensor_list(grad)})
+
+
+def limits_of_drift(
+    q: Tensors, p: Tensors, step: float = 0.0, *, inv_mass: InvMass = 1.0, **_: Any
+) -> tuple[torch.device, dict[str, str]]:
+    """Checks the arguments; the device, and backend → why it cannot take these tensors."""
+    read = {"p": tensor_list(p), **_mass_tensors("drift_", inv_mass, q)}
+    return _limits("drift_", {"q": tensor_list(q)}, read)
+
+
+def limits_of_kick_drift(
+    q: Tensors,
+    p: Tensors,
+    grad: Tensors,
+    kick: float = 0.0,
+    drift: float = 0.0,
+    *,
+    inv_mass: InvMass = 1.0,
+    **_: Any,
+) -> tuple[torch.device, dict[str, str]]:
+    """Checks the arguments; the device, and backend → why it cannot take these tensors."""
+    read = {"grad": tensor_list(grad), **_mass_tensors("kick_drift_", inv_mass, q)}
+    return _limits("kick_drift_", {"q": tensor_list(q), "p": tensor_list(p)}, read)
+
+
+def _mass_tensors(op: str, inv_mass: InvMass, q: Tensors) -> dict[str, list[Tensor]]:
+    mass = inv_mass_list(op, inv_mass, tensor_list(q))
+    return {"inv_mass": mass} if mass and isinstance(mass[0], Tensor) else {}
+
+
+def _limits(
+    op: str, written: dict[str, list[Tensor]], read: dict[str, list[Tensor]]
+) -> tuple[torch.device, dict[str, str]]:
+    check_alike(op, **written, **read)
+    check_disjoint(op, written, read)
+    layout = unlike_layouts(**written, **read)
+    first = next(iter(written.values()))
+    device = first[0].device if first else torch.device("cpu")
+    return device, {} if layout is None else {"cpu": layout, "triton": layout}
+
+
+def _split(mass: list[Any]) -> tuple[list[float], list[Tensor]]:
+    return ([], mass) if mass and isinstance(mass[0], Tensor) else (mass, [])
+
+
+def _fake_kick_(
+    p: list[Tensor], grad: list[Tensor], step: float, damp: float, backend: str
+) -> None:
+    check_alike("kick_", p=p, grad=grad)
+
+
+def _fake_drift_(
+    q: list[Tensor],
+    p: list[Tensor],
+    step: float,
+    inv_mass: list[float],
+    inv_mass_tensors: list[Tensor],
+    backend: str,
+) -> None:
+    check_alike("drift_", q=q, p=p)
+
+
+def _fake_kick_drift_(
+    q: list[Tensor],
+    p: list[Tensor],
+    grad: list[Tensor],
+    kick: float,
+    drift: float,
+    inv_mass: list[float],
+    inv_mass_tensors: list[Tensor],
+    damp: float,
+    backend: str,
+) -> Tensor:
+    check_alike("kick_drift_", q=q, p=p, grad=grad)
+    return torch.empty((), dtype=torch.float64, device=q[0].device if q else None)
+
+
+register(
+    "kick_(Tensor(a!)[] p, Tensor[] grad, float step, float damp, str backend) -> ()",
+    _kick_,
+    _fake_kick_,
+)
+register(
+    "drift_(Tensor(a!)[] q, Tensor[] p, float step, float[] inv_mass, Tensor[] inv_mass_tensors, "
+    "str backend) -> ()",
+    _drift_,
+    _fake_drift_,
+)
+register(
+    "kick_drift_(Tensor(a!)[] q, Tensor(b!)[] p, Tensor[] grad, float kick, float drift, "
+    "float[] inv_mass, Tensor[] inv_mass_tensors, float damp, str backend) -> Tensor",
+    _kick_drift_,
+    _fake_kick_drift_,
+)

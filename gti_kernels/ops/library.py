@@ -1,0 +1,57 @@
+"""The torch library `gti_kernels`, and when a call goes through it.
+
+A call in plain eager mode goes straight to the op's implementation: the dispatcher would cost more
+than the checks. Under torch.compile, fake tensors and the like it goes through torch.ops.gti_kernels,
+whose implementation is the same function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+LIBRARY = torch.library.Library("gti_kernels", "DEF")
+
+
+def register(
+    schema: str, implementation: Callable[..., object], fake: Callable[..., object]
+) -> None:
+    """Defines an op with its one implementation for every device and its fake kernel."""
+    name = schema.split("(", 1)[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"gti_kernels::{name}", fake, lib=LIBRARY)
+
+
+def is_plain_eager() -> bool:
+    """True where a tensor is what it seems: no compiler, no transform, no mode watches the call."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.maybe_current_level() is not None
+        or forward_ad._current_level >= 0
+    )
+
+
+def refuse_derivative(op: str, tensors: Iterable[Tensor], remedy: str) -> None:
+    """Raises where a derivative through `op` is wanted: it would be silently zero."""
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t.requires_grad:
+                raise RuntimeError(
+                    f"{op} has no derivative, but an argument requires grad while gradients are "
+                    f"recorded. {remedy}"
+                )
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
+        for t in tensors:
+            wrapped = torch._C._functorch.is_functorch_wrapped_tensor(t)
+            if wrapped or forward_ad.unpack_dual(t).tangent is not None:
+                raise RuntimeError(
+                    f"{op} cannot be transformed: an argument is batched or carries a derivative of "
+                    f"torch.func or forward-mode autograd. {remedy}"
+                )

@@ -1,0 +1,400 @@
+"""Top singular values and vectors of many weight matrices in one call."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..conventions import compute_dtype
+from ..reference import power_iteration as reference
+from .arguments import check_float_tensors, tensor_list
+from .library import is_plain_eager, refuse_derivative, register
+
+
+Outputs = tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor, Tensor, Tensor]
+
+
+class SingularTriples(NamedTuple):
+    """Result of `power_iteration`, detached. Leading axes "…" are those of a batched tensor, or [L]
+    for a list of L weights (then u and v are lists)."""
+
+    sigma: Tensor  #: […, k], descending
+    u: Any  #: […, m, k] left singular vectors, orthonormal columns
+    v: Any  #: […, n, k] right singular vectors, orthonormal columns
+    residual: Tensor  #: […, k]  ‖WᵀWv − θv‖ / θ₁, θ = vᵀWᵀWv
+    steps: Tensor  #: […] int64, passes over W
+    converged: Tensor  #: […] bool, all residuals ≤ tol
+    upper: Tensor  #: […]  min(‖W‖_F, √(‖W‖₁‖W‖_∞)) ≥ σ₁
+
+
+def power_iteration(
+    weights: Tensor | Sequence[Tensor],
+    *,
+    k: int = 1,
+    method: str = "cg",
+    max_steps: int = 200,
+    tol: float = 1e-4,
+    start: SingularTriples | None = None,
+    seed: int = 0,
+    backend: str = "auto",
+) -> SingularTriples:
+    """The k largest singular triples of each matrix: W v = σ u, Wᵀu = σ v.
+
+    Iterates on A = WᵀW; one pass over W yields z = Wᵀ(W v) and is one step. method="power" takes v ←
+    z/‖z‖. method="cg" is the locally optimal three-term recurrence (LOBPCG of block size k without
+    preconditioner; Knyazev 2001): the best v in span[v, r, s], r the residual, s the last move; it needs
+    about a sixth of the steps. Each matrix stops when its residual ‖WᵀWv − θv‖/θ is at most tol.
+
+    Args:
+        weights: [m, n], or a batch [..., m, n], or a list of L tensors of at least 2 dims, each read
+            as [out, −1] (of a convolution this is the norm of the reshaped kernel, not of the
+            convolution operator). Shapes and dtypes of a list may differ: fp64, fp32, bf16, fp16.
+        k: number of triples, 1 ≤ k ≤ min(m, n).
+        max_steps: most passes over a matrix. tol: on the residual; 0 means exactly max_steps passes.
+        start: an earlier result for weights of the same shapes; its v is where the iteration begins.
+            Otherwise v is random from `seed` and the number of the matrix.
+        backend: "auto", "reference", "cpu" or "triton" (the last two for k = 1); see
+            `gti_kernels.explain`.
+
+    Returns:
+        SingularTriples. Vectors are fp32 (fp64 for fp64 weights), sigma, residual and upper too (fp64 if
+        any weight is). σ = ‖Wv‖ never exceeds the true σ₁ beyond rounding; its error is second order in
+        the residual, that of u and v first order. W = 0 gives σ = 0 with unit vectors. NaN or Inf in a
+        matrix gives NaN and converged False for it alone. Slow convergence does not raise.
+
+    Raises:
+        TypeError, ValueError: the argument, what was expected, what came. RuntimeError: transformed by
+        torch.func (use `top_singular_values`), or the named backend cannot run.
+
+    >>> import torch, gti_kernels as gti
+    >>> r = gti.power_iteration(torch.diag(torch.tensor([3.0, 2.0, 1.0])))
+    >>> round(float(r.sigma), 4), bool(r.converged)
+    (3.0, True)
+    """
+    _check_settings(method, max_steps, tol)
+    ws, batched = _weight_list(weights)
+    with torch.no_grad():
+        starts = _starts(start, ws, batched, k)
+        options = (batched, k, method, max_steps, float(tol), starts, seed, backend)
+        if is_plain_eager():
+            out = _power_iteration(ws, *options)
+        else:
+            refuse_derivative("power_iteration", ws, "Use gti_kernels.top_singular_values")
+            out = torch.ops.gti_kernels.power_iteration(ws, *options)
+    sigma, u, v, residual, steps, converged, upper = out
+    if not batched:
+        return SingularTriples(sigma, u, v, residual, steps, converged, upper)
+    batch = ws[0].shape[:-2]
+    return SingularTriples(
+        sigma.view(*batch, k),
+        u[0].view(*batch, -1, k),
+        v[0].view(*batch, -1, k),
+        residual.view(*batch, k),
+        steps.view(batch),
+        converged.view(batch),
+        upper.view(batch),
+    )
+
+
+def top_singular_values(
+    weights: Tensor | Sequence[Tensor],
+    *,
+    k: int = 1,
+    method: str = "cg",
+    max_steps: int = 200,
+    tol: float = 1e-4,
+    start: SingularTriples | None = None,
+    seed: int = 0,
+    backend: str = "auto",
+) -> Tensor:
+    """The k largest singular values of each matrix, differentiable: dσ/dW = u vᵀ.
+
+    Arguments as in `power_iteration`; returns its sigma, […, k] or [L, k]. The derivative is exact for a
+    simple σ up to the error of u and v (first order in the residual); at a tie it is one element of
+    the subdifferential. u and v are constants of the derivative: second derivatives are zero, not
+    those of σ. Works with backward, torch.func.grad, vmap and jvp, and under torch.compile.
+
+    >>> import torch, gti_kernels as gti
+    >>> W = torch.diag(torch.tensor([3.0, 1.0])).requires_grad_()
+    >>> gti.top_singular_values(W, tol=1e-6).sum().backward()
+    >>> W.grad.round(decimals=3).abs()
+    tensor([[1., 0.],
+            [0., 0.]])
+    """
+    _check_settings(method, max_steps, tol)
+    ws, batched = _weight_list(weights)
+    starts = _starts(start, ws, batched, k)
+    options = (batched, k, method, max_steps, float(tol), seed, backend, len(ws))
+    # A Function with a jvp breaks fullgraph compilation, so the compiler sees one without.
+    function = _Sigma if torch.compiler.is_compiling() else _SigmaForward
+    sigma = function.apply(options, *ws, *starts)[0]
+    return sigma.reshape(*ws[0].shape[:-2], k) if batched else sigma
+
+
+def _check_settings(method: str, max_steps: int, tol: float) -> None:
+    if method not in ("cg", "power"):
+        raise ValueError(f"power_iteration: method must be 'cg' or 'power', got {method!r}")
+    if not isinstance(max_steps, int) or max_steps < 1:
+        raise ValueError(f"power_iteration: max_steps must be an integer >= 1, got {max_steps!r}")
+    if not (isinstance(tol, (int, float)) and math.isfinite(tol) and tol >= 0):
+        raise ValueError(f"power_iteration: tol must be finite and at least 0, got {tol!r}")
+
+
+def _weight_list(weights: Tensor | Sequence[Tensor]) -> tuple[list[Tensor], bool]:
+    """A list of weights, each one matrix [out, −1] (False), or one batch [..., m, n] (True)."""
+    batched = isinstance(weights, Tensor)
+    ws = tensor_list(weights)
+    if not ws:
+        raise ValueError("power_iteration: weights must not be an empty list")
+    check_float_tensors("power_iteration", weights=ws)
+    for i, w in enumerate(ws):
+        if w.ndim < 2:
+            raise ValueError(
+                f"power_iteration: weights[{i}] must have at least 2 dims, got shape "
+                f"{tuple(w.shape)}. Leave biases and normalisation parameters out"
+            )
+    return ws, batched
+
+
+def _sizes(w: Tensor, batched: bool) -> tuple[int, int, int]:
+    """B, m, n: how many matrices of which shape a weight holds."""
+    if batched:
+        return math.prod(w.shape[:-2]), w.shape[-2], w.shape[-1]
+    return 1, w.shape[0], math.prod(w.shape[1:])
+
+
+def _starts(start: SingularTriples | None, ws: list[Tensor], batched: bool, k: int) -> list[Tensor]:
+    """The right vectors of an earlier result as tensors [B, n, k] of the compute type."""
+    if start is None:
+        return []
+    vs = tensor_list(start.v)
+    if len(vs) != len(ws):
+        raise ValueError(
+            f"power_iteration: start must be a result for {len(ws)} weights, got one for {len(vs)}"
+        )
+    out = []
+    for i, (v, w) in enumerate(zip(vs, ws)):
+        b, _, n = _sizes(w, batched)
+        if v.numel() != b * n * k:
+            raise ValueError(
+                f"power_iteration: start.v[{i}] must hold {k} vectors of length {n} for each of {b} "
+                f"matrices, got shape {tuple(v.shape)}"
+            )
+        out.append(v.detach().reshape(b, n, k).to(compute_dtype(w.dtype)).contiguous())
+    return out
+
+
+def limits_of_power_iteration(
+    weights: Tensor | Sequence[Tensor], *, k: int = 1, **_: Any
+) -> tuple[torch.device, dict[str, str]]:
+    """Checks the arguments; the device, and backend → why it cannot take this call."""
+    ws, batched = _weight_list(weights)
+    for i, w in enumerate(ws):
+        _, m, n = _sizes(w, batched)
+        if not isinstance(k, int) or not 1 <= k <= min(m, n):
+            raise ValueError(
+                f"power_iteration: k must be an integer between 1 and min(m, n) = {min(m, n)} of "
+                f"weights[{i}], got {k!r}"
+            )
+    only_one = "it finds one triple a matrix, k = 1"
+    return ws[0].device, {"cpu": only_one, "triton": only_one} if k > 1 else {}
+
+
+def _power_iteration(
+    weights: list[Tensor],
+    batched: bool,
+    k: int,
+    method: str,
+    max_steps: int,
+    tol: float,
+    start: list[Tensor],
+    seed: int,
+    backend: str,
+) -> Outputs:
+    """σ [M, k], u and v (lists of [m, k], [n, k]; batched: of [B, m, k], [B, n, k]), residual [M, k],
+    steps, converged and upper [M] of M matrices."""
+    device, limits = limits_of_power_iteration(weights[0] if batched else list(weights), k=k)
+    chosen = backends.choose("power_iteration", device, backend, limits)
+    if chosen == "cpu":
+        return _on_cpu(weights, batched, method, max_steps, tol, start, seed)
+    flat = [w.reshape(_sizes(w, batched)).resolve_neg() for w in weights]
+    settings = (k, method, max_steps, tol, start or None, seed)
+    if chosen == "triton":
+        from ..triton_kernels import power_iteration as triton
+
+        out = triton.power_iteration(flat, *settings)
+    else:
+        out = reference.power_iteration(flat, *settings)
+    sigma, u, v, residual, steps, converged, upper = out
+    if not batched:
+        u, v = [x.squeeze(0) for x in u], [x.squeeze(0) for x in v]
+    real = _result_dtype(weights)
+    return sigma.to(real), u, v, residual.to(real), steps, converged, upper.to(real)
+
+
+def _on_cpu(
+    weights: list[Tensor],
+    batched: bool,
+    method: str,
+    max_steps: int,
+    tol: float,
+    start: list[Tensor],
+    seed: int,
+) -> Outputs:
+    ws = [w.contiguous().resolve_neg() for w in weights]
+    u, v, count = [], [], 0
+    for w in ws:
+        b, m, n = _sizes(w, batched)
+        c = compute_dtype(w.dtype)
+        u.append(torch.empty((b, m, 1) if batched else (m, 1), dtype=c))
+        v.append(torch.empty((b, n, 1) if batched else (n, 1), dtype=c))
+        count += b
+    numbers = torch.empty(3, count, dtype=torch.float64)
+    steps = torch.empty(count, dtype=torch.int64)
+    converged = torch.empty(count, dtype=torch.bool)
+    assert backends.compiled is not None
+    done = backends.compiled.power_iteration(
+        ws,
+        batched,
+        u,
+        v,
+        start,
+        numbers,
+        steps.data_ptr(),
+        converged.data_ptr(),
+        method,
+        max_steps,
+        tol,
+        seed & (2**64 - 1),
+        torch.get_num_threads(),
+    )
+    assert done, "the compiled kernel takes whatever passes the checks"
+    # Three outputs of their own: those of an op may not share memory.
+    real = _result_dtype(ws)
+    sigma, residual, upper = (x.to(real, copy=True) for x in numbers.unbind())
+    return sigma[:, None], u, v, residual[:, None], steps, converged, upper
+
+
+def _result_dtype(weights: list[Tensor]) -> torch.dtype:
+    """fp64 if any weight is, else fp32."""
+    double = any(w.dtype == torch.float64 for w in weights)
+    return torch.float64 if double else torch.float32
+
+
+class _Sigma(torch.autograd.Function):
+    """(σ, u…, v…) of the weights; only σ has a derivative."""
+
+    @staticmethod
+    def forward(options: tuple[Any, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
+        batched, k, method, max_steps, tol, seed, backend, count = options
+        ws, starts = list(tensors[:count]), list(tensors[count:])
+        out = torch.ops.gti_kernels.power_iteration(
+            ws, batched, k, method, max_steps, tol, starts, seed, backend
+        )
+        return (out[0], *out[1], *out[2])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        options, *tensors = inputs
+        count = options[-1]
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*output[1:])
+        ctx.save_for_forward(*output[1:])
+        ctx.like = [(w.shape, w.dtype) for w in tensors[:count]]
+        ctx.counts = [_sizes(w, options[0])[0] for w in tensors[:count]]
+        ctx.extra = len(tensors) - count
+
+    @staticmethod
+    def backward(ctx: Any, grad_sigma: Tensor, *_: Tensor) -> tuple[Any, ...]:
+        count = len(ctx.counts)
+        us, vs = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        grads = []
+        for u, v, g, (shape, dtype) in zip(us, vs, grad_sigma.split(ctx.counts), ctx.like):
+            g = g.to(u.dtype) if u.ndim == 2 else g.to(u.dtype).unsqueeze(-2)  # [1, k], [B, 1, k]
+            grads.append(((u * g) @ v.mT).reshape(shape).to(dtype))
+        return (None, *grads, *[None] * ctx.extra)
+
+
+class _SigmaForward(_Sigma):
+    """_Sigma with the rules of forward mode and vmap, which the compiler does not take."""
+
+    @staticmethod
+    def jvp(ctx: Any, _options: None, *tangents: Tensor | None) -> tuple[Any, ...]:
+        count = len(ctx.counts)
+        us, vs = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        real = _result_dtype(list(us))
+        parts = []
+        for u, v, t, (shape, _) in zip(us, vs, tangents, ctx.like):
+            t = torch.zeros(shape, dtype=u.dtype, device=u.device) if t is None else t.to(u.dtype)
+            moved = t.reshape(*u.shape[:-1], v.shape[-2]) @ v
+            parts.append((moved * u).sum(-2).reshape(-1, u.shape[-1]).to(real))
+        return (torch.cat(parts), *[None] * (2 * count))
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: Any, options: tuple[Any, ...], *tensors: Tensor
+    ) -> tuple[Any, Any]:
+        """The mapped axis becomes a batch axis of each weight."""
+        batched, k, *rest, count = options
+        size = info.batch_size
+        moved = [
+            t.unsqueeze(0).expand(size, *t.shape) if d is None else t.movedim(d, 0)
+            for t, d in zip(tensors, in_dims[1:])
+        ]
+        sigmas, us, vs = [], [], []
+        for i, (w, t) in enumerate(zip(moved[:count], tensors)):
+            b, m, n = _sizes(t, batched) if in_dims[1 + i] is None else _sizes(w[0], batched)
+            start = [x.reshape(size * b, n, k) for x in moved[count:][i : i + 1]]
+            one = (True, k, *rest, 1)
+            sigma, u, v = _SigmaForward.apply(one, w.reshape(size * b, m, n), *start)
+            sigmas.append(sigma.reshape(size, b, k))
+            us.append(u.reshape(size, b, m, k) if batched else u)
+            vs.append(v.reshape(size, b, n, k) if batched else v)
+        out = (torch.cat(sigmas, 1), *us, *vs)
+        return out, (0,) * len(out)
+
+
+def _fake(
+    weights: list[Tensor],
+    batched: bool,
+    k: int,
+    method: str,
+    max_steps: int,
+    tol: float,
+    start: list[Tensor],
+    seed: int,
+    backend: str,
+) -> Outputs:
+    check_float_tensors("power_iteration", weights=weights)
+    real = _result_dtype(weights)
+    make = weights[0].new_empty
+    u, v, count = [], [], 0
+    for w in weights:
+        b, m, n = _sizes(w, batched)
+        c = compute_dtype(w.dtype)
+        u.append(w.new_empty((b, m, k) if batched else (m, k), dtype=c))
+        v.append(w.new_empty((b, n, k) if batched else (n, k), dtype=c))
+        count += b
+    return (
+        make((count, k), dtype=real),
+        u,
+        v,
+        make((count, k), dtype=real),
+        make(count, dtype=torch.int64),
+        make(count, dtype=torch.bool),
+        make(count, dtype=real),
+    )
+
+
+register(
+    "power_iteration(Tensor[] weights, bool batched, int k, str method, int max_steps, float tol, "
+    "Tensor[] start, int seed, str backend) -> "
+    "(Tensor, Tensor[], Tensor[], Tensor, Tensor, Tensor, Tensor)",
+    _power_iteration,
+    _fake,
+)

@@ -1,0 +1,134 @@
+"""The symplectic 2-form on tangent vectors, with an error bound for each entry."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..reference import two_form as reference
+from .arguments import check_alike, tensor_list
+from .library import is_plain_eager, refuse_derivative, register
+
+
+class TwoForm(NamedTuple):
+    """Result of `two_form`, all fp64."""
+
+    omega: Tensor  #: [m, m], skew to the bit, zero diagonal
+    error_bound: Tensor  #: [m, m], |omega − exact| ≤ error_bound, entry by entry
+    metric: Tensor | None  #: [m, m], symmetric to the bit, or None
+
+
+def two_form(
+    dq: Tensor | Sequence[Tensor],
+    dp: Tensor | Sequence[Tensor],
+    *,
+    metric: bool = False,
+    backend: str = "auto",
+) -> TwoForm:
+    """Ω_ij = ω(z_i, z_j) = dq_i·dp_j − dp_i·dq_j of m tangent vectors z_i = (dq_i, dp_i).
+
+    ω(z, w) = zᵀ J w with J = [[0, I], [−I, 0]] and the order (q, p), see `gti_kernels.conventions`. From the
+    same single read of the inputs: with metric=True also S_ij = dq_i·dq_j + dp_i·dp_j.
+
+    Args:
+        dq, dp: [m, N] each, or lists over parameters of [m, *shape]; the same shapes and dtypes; fp64,
+            fp32, bf16 or fp16, one device. Not written, not concatenated.
+        backend: "auto", "reference", "cpu" or "triton"; see `gti_kernels.explain`.
+
+    Returns:
+        TwoForm(omega, error_bound, metric). Products of elements up to fp32 are exact in fp64, where
+        they are summed; for fp64 elements products and sums are compensated (Dot2; Ogita, Rump, Oishi
+        2005, "Accurate Sum and Dot Product"). error_bound holds for the inputs as they are, roughly
+        6e-14·‖z_i‖‖z_j‖ up to fp32 and u·|Ω_ij| + 1e-20·‖z_i‖‖z_j‖ for fp64. A NaN in vector i makes
+        row and column i NaN, the rest is right.
+
+    Raises:
+        TypeError, ValueError: the argument, what was expected, what came. RuntimeError: a derivative
+        is wanted (there is none), or the named backend cannot run.
+
+    >>> import torch, gti_kernels as gti
+    >>> dq, dp = torch.tensor([[1.0, 0.0], [0.0, 0.0]]), torch.tensor([[0.0, 0.0], [1.0, 0.0]])
+    >>> gti.two_form(dq, dp).omega  # a Darboux pair
+    tensor([[ 0.,  1.],
+            [-1.,  0.]], dtype=torch.float64)
+    """
+    dqs, dps = tensor_list(dq), tensor_list(dp)
+    refuse_derivative("two_form", [*dqs, *dps], "Pass detached tangents")
+    if is_plain_eager():
+        omega, bound, gram = _two_form(dqs, dps, metric, backend)
+    else:
+        omega, bound, gram = torch.ops.gti_kernels.two_form(dqs, dps, metric, backend)
+    return TwoForm(omega, bound, gram if metric else None)
+
+
+def _two_form(
+    dq: list[Tensor], dp: list[Tensor], metric: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    device, limits = limits_of_two_form(dq, dp)
+    chosen = backends.choose("two_form", device, backend, limits)
+    m = dq[0].shape[0]
+    q = [t.flatten(1).contiguous().resolve_neg() for t in dq]
+    p = [t.flatten(1).contiguous().resolve_neg() for t in dp]
+    if chosen == "cpu":
+        omega = q[0].new_empty((m, m), dtype=torch.float64)
+        bound = torch.empty_like(omega)
+        gram = q[0].new_empty((m, m) if metric else 0, dtype=torch.float64)
+        compiled = backends.compiled
+        assert compiled is not None
+        threads = torch.get_num_threads()
+        done = compiled.two_form(q, p, omega, bound, gram if metric else None, threads)
+        assert done, "the compiled kernel takes whatever passes the checks"
+        return omega, bound, gram
+    if chosen == "triton":
+        from ..triton_kernels import two_form as triton
+
+        omega, bound, result = triton.two_form(q, p, metric)
+    else:
+        omega, bound, result = reference.two_form(q, p, metric)
+    return omega, bound, omega.new_empty(0) if result is None else result
+
+
+def limits_of_two_form(
+    dq: Tensor | Sequence[Tensor], dp: Tensor | Sequence[Tensor], *, metric: bool = False
+) -> tuple[torch.device, dict[str, str]]:
+    """Checks the arguments; the device, and backend → why it cannot take these tensors."""
+    dqs, dps = tensor_list(dq), tensor_list(dp)
+    check_alike("two_form", dq=dqs, dp=dps)
+    if not dqs:
+        raise ValueError("two_form: dq must hold at least one tensor, got an empty list")
+    m = dqs[0].shape[0] if dqs[0].ndim else 0
+    for i, t in enumerate(dqs):
+        if t.ndim < 2 or t.shape[0] != m or m == 0:
+            raise ValueError(
+                f"two_form: dq[{i}] must be [m, *shape] with the same m >= 1 in every tensor, got "
+                f"{tuple(t.shape)} (m = {m}). Stack tangent vectors along the first axis"
+            )
+    if sum(t.numel() for t in dqs) == 0:
+        raise ValueError(
+            f"two_form: dq must have at least one coordinate, got {tuple(dqs[0].shape)}"
+        )
+    return dqs[0].device, {}
+
+
+def _fake(
+    dq: list[Tensor], dp: list[Tensor], metric: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    check_alike("two_form", dq=dq, dp=dp)
+    m = dq[0].shape[0]
+    make = dq[0].new_empty
+    return (
+        make((m, m), dtype=torch.float64),
+        make((m, m), dtype=torch.float64),
+        make((m, m) if metric else (0,), dtype=torch.float64),
+    )
+
+
+register(
+    "two_form(Tensor[] dq, Tensor[] dp, bool metric, str backend) -> (Tensor, Tensor, Tensor)",
+    _two_form,
+    _fake,
+)

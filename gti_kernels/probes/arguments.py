@@ -1,0 +1,24 @@
+"""Checks of scalar arguments that the probes share."""
+
+from __future__ import annotations
+
+import math
+
+
+def finite(name: str, value: float, *, positive: bool = False) -> float:
+    """`value` as a float; ValueError when it is not finite, or with `positive` not > 0."""
+    wanted = "a finite number > 0" if positive else "a finite number"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected {wanted}, got {type(value).__name__}")
+    if not math.isfinite(value) or (positive and value <= 0):
+        raise ValueError(f"{name}: expected {wanted}, got {value}")
+    return float(value)
+
+
+def whole(name: str, value: int, *, least: int = 1) -> int:
+    """`value` as an int; ValueError when it is below `least`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer >= {least}, got {type(value).__name__}")
+    if value < least:
+        raise ValueError(f"{name}: expected an integer >= {least}, got {value}")
+    return value

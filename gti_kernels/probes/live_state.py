@@ -1,0 +1,41 @@
+"""What a probe borrows from the caller and gives back: training flags and random state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def preserved_random_state(device: torch.device) -> Iterator[None]:
+    """The generators of the CPU and of `device` leave the block as they entered it."""
+    cpu = torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    try:
+        yield
+    finally:
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda, device)
+
+
+@contextmanager
+def preserved_training_flags(model: nn.Module) -> Iterator[None]:
+    """The training flag of every submodule leaves the block as it entered it."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, flag in flags:
+            module.training = flag
+
+
+def seed_generators(device: torch.device, seed: int) -> None:
+    """Seed the generators that forward passes on `device` draw from, and no others."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        index = device.index if device.index is not None else torch.cuda.current_device()
+        torch.cuda.default_generators[index].manual_seed(seed)

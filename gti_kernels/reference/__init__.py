@@ -1,0 +1,1 @@
+"""The definition of each op in plain torch. It has no other purpose: it is the truth in float64."""

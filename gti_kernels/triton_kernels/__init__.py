@@ -1,0 +1,1 @@
+"""Triton kernels, one file per op: kernel first, launcher below. Imported only when chosen."""

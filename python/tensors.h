@@ -1,0 +1,61 @@
+// How the bindings see a tensor: through the C exchange table of DLPack 1.3,
+// which torch >= 2.10 publishes on its tensor type. Pointers, sizes and
+// strides; no header and no symbol of torch.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "gti/common.h"
+
+namespace gti {
+
+namespace py = pybind11;
+
+// The part of the DLPack ABI that is used here.
+struct DLTensor {
+  void* data;
+  int32_t device_type, device_id;
+  int32_t ndim;
+  uint8_t type_code, type_bits;
+  uint16_t type_lanes;
+  int64_t *shape, *strides;
+  uint64_t byte_offset;
+};
+
+struct View {
+  char* data;
+  int64_t count;  // elements
+  int64_t bytes;
+  DType dtype;
+  int32_t ndim;
+  const int64_t *shape, *strides;  // owned by the tensor
+};
+
+// The types whose objects are plain tensors: torch.Tensor and
+// torch.nn.Parameter. A subclass may keep its values elsewhere and is never
+// read here.
+void set_tensor_types(const py::tuple& types);
+
+// Fills `view`; false where the object is no plain CPU tensor of fp64, fp32,
+// bf16 or fp16.
+bool view_of(py::handle object, View& view);
+
+// Fills one view for each object of a list; false as above.
+bool views_of(const py::list& objects, std::vector<View>& views);
+
+// Every element is visited once by counting through `count` elements from
+// `data`.
+bool is_dense(const View& view);
+bool is_contiguous(const View& view);
+
+// Same dtype, shape and order of elements in memory.
+bool same_layout(const View& a, const View& b);
+
+// No two written views overlap, and no read view overlaps a written one.
+bool disjoint(const std::vector<const std::vector<View>*>& written,
+              const std::vector<const std::vector<View>*>& read);
+
+}  // namespace gti

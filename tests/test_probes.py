@@ -1,0 +1,541 @@
+"""The probes against closed forms, dense Jacobians, and the regimes of batch normalisation."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gti_kernels.models.simple_cnn import SimpleCNN
+from gti_kernels.probes import energy_drift as energy_drift_module
+from gti_kernels.probes import tangent_map
+from gti_kernels.probes.dose_response import dose_response
+from gti_kernels.probes.energy_drift import energy_drift
+from gti_kernels.probes.hamiltonian_system import HamiltonianSystem, State, fan_in_inverse_mass
+from gti_kernels.probes.intervals import mean_interval, slope_interval
+from gti_kernels.probes.omega_invariance import omega_invariance
+from gti_kernels.probes.round_trip import round_trip
+from gti_kernels.probes.tangent_map import push_tangents
+
+
+class Quadratic(nn.Module):
+    """L = ½ wᵀ A w, where the batch is the matrix A."""
+
+    def __init__(self, w: Tensor) -> None:
+        super().__init__()
+        self.w = nn.Parameter(w.clone())
+
+    def forward(self, a: Tensor) -> Tensor:
+        return 0.5 * self.w @ a @ self.w
+
+
+def value(output: Tensor, _target: Tensor) -> Tensor:
+    return output
+
+
+def spd(n: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    b = torch.randn(n, n, generator=generator, dtype=torch.float64)
+    return b @ b.T / n + torch.eye(n, dtype=torch.float64)
+
+
+def quadratic_system(batches: int = 3, n: int = 5, **options) -> HamiltonianSystem:
+    model = Quadratic(torch.linspace(-1, 1, n, dtype=torch.float64))
+    data = [(spd(n, seed), torch.zeros(())) for seed in range(batches)]
+    return HamiltonianSystem(model, value, data, **{"inv_mass": 0.5, "temperature": 0.1, **options})
+
+
+def images(count: int = 4, size: int = 16, classes: int = 4) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(3)
+    return [
+        (
+            torch.randn(size, 1, 8, 8, generator=generator),
+            torch.randint(0, classes, (size,), generator=generator),
+        )
+        for _ in range(count)
+    ]
+
+
+def cnn(norm: str) -> nn.Module:
+    torch.manual_seed(1)
+    model = SimpleCNN(1, 4, norm, width=4)
+    for x, _ in images():  # running statistics of the data, not those of initialisation
+        model.train()(x)
+    return model
+
+
+def cnn_system(norm: str, **options) -> HamiltonianSystem:
+    regime = {"running": "running", "frozen": "frozen"}.get(norm, "batch")
+    return HamiltonianSystem(cnn(norm), F.cross_entropy, images(), regime=regime, **options)
+
+
+# --- the step map ---------------------------------------------------------------------------------
+
+
+def test_one_step_is_damp_kick_drift_kick_damp():
+    system = quadratic_system(damping=0.3)
+    z = system.start()
+    q, p, dt = z.q[0].clone(), z.p[0].clone(), 0.1
+    a, c = system.batches[2][0], math.exp(-0.3 * 0.1 / 2)
+    p = c * p - dt / 2 * a @ q
+    q = q + dt * 0.5 * p
+    p = c * (p - dt / 2 * a @ q)
+    with system.session():
+        system.step(z, 2, dt)
+    torch.testing.assert_close(z.q[0], q, rtol=1e-14, atol=1e-15)
+    torch.testing.assert_close(z.p[0], p, rtol=1e-14, atol=1e-15)
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.7])
+def test_round_trip_of_a_quadratic_is_rounding(damping):
+    result = round_trip(quadratic_system(damping=damping), dt=0.2, steps=20)
+    assert result.reach > 0.3  # it went somewhere
+    assert result.state < 3 * result.state_floor < 1e-14
+    assert result.energy < 1e-14 and result.buffers == 0.0 and result.buffers_floor == 0.0
+
+
+def test_both_half_kicks_of_a_step_use_its_own_batch():
+    """With the next step's batch in the second half kick the way back would take another path."""
+    system = quadratic_system(batches=4)
+    z, start = system.start(), system.start()
+    with system.session():
+        system.step(z, 1, 0.2)
+        system.step(z, 1, -0.2)
+        same = float((z.q[0] - start.q[0]).norm())
+        system.step(z, 1, 0.2)
+        system.step(z, 2, -0.2)
+    assert same < 1e-15 < 1e-3 < float((z.q[0] - start.q[0]).norm())
+
+
+def test_order_two():
+    """Harmonic oscillator q'' = −q: the error at a fixed time falls as dt²."""
+    model = Quadratic(torch.ones(1, dtype=torch.float64))
+    eye = torch.eye(1, dtype=torch.float64)
+    system = HamiltonianSystem(model, value, [(eye, eye)], inv_mass=1.0, temperature=0.0)
+    errors, dts = [], [0.1, 0.05, 0.025, 0.0125]
+    for dt in dts:
+        z = system.start()
+        with system.session():
+            for t in range(round(2.0 / dt)):
+                system.step(z, t, dt)
+        errors.append(abs(float(z.q[0]) - math.cos(2.0)))
+    slope, _ = slope_interval(np.log(dts), np.log(errors))
+    assert slope == pytest.approx(2.0, abs=0.1)
+
+
+def test_mass_and_time_scale_together():
+    """(M, dt, p) → (cM, √c dt, √c p) leaves every q as it is; momenta at a temperature scale so."""
+    ends = []
+    for inv_mass, dt in ((1.0, 0.1), (0.25, 0.2)):
+        system = quadratic_system(inv_mass=inv_mass)
+        z = system.start()
+        with system.session():
+            for t in range(7):
+                system.step(z, t, dt)
+        ends.append(z.q[0])
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-13, atol=1e-14)
+
+
+def test_fan_in_mass():
+    assert fan_in_inverse_mass(torch.zeros(7, 4)) == 0.5
+    assert fan_in_inverse_mass(torch.zeros(8, 16, 3, 3)) == 0.125  # 1/12 is clipped
+    assert fan_in_inverse_mass(torch.zeros(100)) == 1.0
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.0, None])
+def test_updated_statistics_are_those_of_a_train_mode_pass(momentum):
+    system = cnn_system("running")
+    for layer in system.layers.values():
+        layer.momentum = momentum
+    with system.session():
+        z = system.start()
+        system.update_statistics(z, 1)
+    reference = copy.deepcopy(system.model).train()
+    reference(system.batches[1][0])
+    for name, b in reference.named_buffers():
+        torch.testing.assert_close(z.b[name], b, rtol=1e-5, atol=1e-6, msg=name)
+
+
+# --- tangents and the 2-form ----------------------------------------------------------------------
+
+
+def reference_step(
+    z: Tensor, b: tuple[Tensor, Tensor], x: Tensor, y: Tensor, dt: float, regime: str
+) -> Tensor:
+    """One step of Linear(3→4)–BatchNorm–tanh–Linear(4→2) by hand; z = (q, p, mean, var), M = 1."""
+    n = 12 + 4 + 4 + 8 + 2
+    q, p, mean, var = z[:n], z[n : 2 * n], z[2 * n : 2 * n + 4], z[2 * n + 4 :]
+
+    def hidden(q: Tensor) -> Tensor:
+        return x @ q[:12].reshape(4, 3).T
+
+    if regime == "running":
+        h = hidden(q)
+        mean, var = 0.9 * mean + 0.1 * h.mean(0), 0.9 * var + 0.1 * h.var(0)
+    if regime == "frozen":
+        mean, var = b
+
+    def force(q: Tensor) -> Tensor:
+        own = q.clone()  # ∂L/∂q alone: `mean` and `var` depend on q, not on this copy
+        h = hidden(own)
+        m, v = (h.mean(0), h.var(0, unbiased=False)) if regime == "batch" else (mean, var)
+        h = torch.tanh((h - m) / torch.sqrt(v + 1e-5) * own[12:16] + own[16:20])
+        out = h @ own[20:28].reshape(2, 4).T + own[28:]
+        return torch.autograd.grad(((out - y) ** 2).mean(), own, create_graph=True)[0]
+
+    p = p - dt / 2 * force(q)
+    q = q + dt * p
+    p = p - dt / 2 * force(q)
+    return torch.cat([q, p, mean, var])
+
+
+@pytest.mark.parametrize("regime", ["batch", "running", "frozen"])
+def test_pushed_tangents_are_the_dense_jacobian(regime):
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)
+    ).double()
+    x, y = torch.randn(9, 3).double(), torch.randn(9, 2).double()
+    system = HamiltonianSystem(
+        model, F.mse_loss, [(x, y)], inv_mass=1.0, regime=regime, temperature=0.1
+    )
+    dt, names = 0.2, ["1.running_mean", "1.running_var"]
+    with system.session():
+        z = system.start()
+        flat = torch.cat([v.flatten() for v in [*z.q, *z.p, *(z.b[k] for k in names)]])
+        frozen = (z.b[names[0]].clone(), z.b[names[1]].clone())
+        jacobian = torch.autograd.functional.jacobian(
+            lambda v: reference_step(v, frozen, x, y, dt, regime), flat
+        )
+        m = flat.numel() if regime == "running" else flat.numel() - 8  # b is no variable elsewhere
+        columns = torch.eye(m, flat.numel(), dtype=torch.float64)
+        sizes = [v.numel() for v in [*z.q, *z.p]] + [4, 4]
+        parts = columns.split(sizes, dim=1)
+        shaped = [s.reshape(m, *v.shape).clone() for s, v in zip(parts, [*z.q, *z.p])]
+        db = dict(zip(names, (s.clone() for s in parts[-2:]))) if regime == "running" else {}
+        tangents = State(shaped[: len(z.q)], shaped[len(z.q) :], db)
+        push_tangents(system, z, tangents, 0, dt)
+    pushed = torch.cat([t.flatten(1) for t in [*tangents.q, *tangents.p, *db_of(tangents)]], 1)
+    expected = jacobian.T[:m, : pushed.shape[1]]
+    torch.testing.assert_close(pushed, expected, rtol=1e-12, atol=1e-12)
+    state = torch.cat([v.flatten() for v in [*z.q, *z.p]])
+    n = state.numel()
+    moved = reference_step(flat.requires_grad_(), frozen, x, y, dt, regime)[:n]
+    torch.testing.assert_close(state, moved.detach(), rtol=1e-12, atol=1e-12)
+
+
+def db_of(tangents: State) -> list[Tensor]:
+    return list(tangents.b.values())
+
+
+def test_differential_without_vmap_is_the_same(monkeypatch):
+    system = cnn_system("running")
+    batched = omega_invariance(system, 0.05, 2, pairs=2)
+
+    def refuse(*_args, **_options):
+        raise RuntimeError("vmap: not possible")
+
+    monkeypatch.setattr(tangent_map, "vmap", refuse)
+    looped = omega_invariance(system, 0.05, 2, pairs=2)
+    assert looped.epsilon == pytest.approx(batched.epsilon, rel=1e-9)
+    assert looped.epsilon > 1e-8
+
+
+class WritesIntoItsOwn(nn.Module):
+    """vmap refuses in-place writes of batched values into plain tensors; one parameter is not used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(4)
+        self.linear = nn.Linear(6, 3)
+        self.unused = nn.Parameter(torch.ones(2, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = x.new_zeros(len(x), 3)
+        out[:, :] = torch.tanh(self.linear(x))
+        return out
+
+
+def test_a_model_that_vmap_refuses_is_pushed_one_tangent_at_a_time():
+    batches = [(torch.randn(8, 6), torch.randn(8, 3)) for _ in range(2)]
+    system = HamiltonianSystem(WritesIntoItsOwn(), F.mse_loss, batches)
+    result = omega_invariance(system, 0.05, 2, pairs=2)
+    assert result.epsilon < 1e-12
+    assert round_trip(system, 0.05, 3).state < 1e-6
+
+
+@pytest.mark.parametrize("damping", [0.0, 0.8])
+def test_a_quadratic_keeps_the_two_form(damping):
+    """With damping Ω shrinks by e^{−γ K dt} = 0.2; the factor is taken out."""
+    result = omega_invariance(quadratic_system(damping=damping), dt=0.2, steps=10, pairs=3)
+    assert result.epsilon <= 10 * result.floor < 1e-12
+
+
+def test_exact_and_difference_tangents_agree():
+    system = cnn_system("running", temperature=1e-3)
+    exact = omega_invariance(system, 0.05, 3, pairs=2)
+    differences = omega_invariance(system, 0.05, 3, pairs=2, tangents="fd")
+    assert exact.epsilon > 1e-7
+    assert differences.epsilon == pytest.approx(exact.epsilon, rel=1e-2)
+    quadratic = omega_invariance(quadratic_system(), 0.1, 3, pairs=2, tangents="fd")
+    assert quadratic.epsilon < quadratic.floor < 1e-6
+
+
+def test_repeated_draws_give_an_interval():
+    result = omega_invariance(cnn_system("running"), 0.05, 1, pairs=1, draws=3)
+    assert len(set(result.values)) == 3
+    low, high = result.interval
+    assert low < result.epsilon < high
+    assert result.interval == pytest.approx(mean_interval(result.values))
+
+
+# --- energy drift ---------------------------------------------------------------------------------
+
+
+def test_slope_and_interval_on_known_data():
+    assert slope_interval([0, 1, 2, 3], [1, 4, 7, 10])[0] == pytest.approx(3.0)
+    # Residuals ±0.1 about y = 2x: s² = 0.04/2, stderr = s/√5; t_{0.975} of 2 degrees is 4.30265.
+    slope, (low, high) = slope_interval([0, 1, 2, 3], [0.1, 1.9, 3.9, 6.1])
+    half = 4.30265272991 * math.sqrt(0.04 / 2 / 5)
+    assert (slope, low, high) == pytest.approx((2.0, 2.0 - half, 2.0 + half))
+    assert slope_interval([0, 1], [0, 5]) == (pytest.approx(5.0), None)
+    assert math.isnan(slope_interval([1.0], [1.0])[0])
+
+
+def test_drift_of_a_fixed_potential_has_slope_three():
+    """H_{t+1} − H_t = −dt² (G_{t+1} − G_t): third order, on nearly the same arc."""
+    result = energy_drift(quadratic_system(batches=1), dts=(1e-3, 2e-3, 4e-3), steps=5)
+    assert result.slope == pytest.approx(3.0, abs=0.1)
+    low, high = result.slope_interval
+    assert low < result.slope < high
+    assert all(d > result.floor for d in result.drift)
+
+
+def test_changing_batches_are_seen_in_the_drift():
+    dts = (0.002, 0.004, 0.008)
+    fixed, changing = (energy_drift(quadratic_system(batches=b), dts, 10) for b in (1, 3))
+    assert changing.slope == pytest.approx(1.0, abs=0.2)
+    assert changing.drift[0] > 100 * fixed.drift[0]
+
+
+def test_dt_zero_is_bracketed_and_bisected(monkeypatch):
+    def energies(_system, dt, steps):
+        return [1.0] + [1.0 + math.log(dt / 0.03)] * steps
+
+    monkeypatch.setattr(energy_drift_module, "_energies", energies)
+    system = quadratic_system()
+    assert energy_drift(system, (0.01, 0.02, 0.1), 10).dt_zero == pytest.approx(0.03, rel=0.01)
+    assert energy_drift(system, (0.01, 0.02), 10).dt_zero is None
+
+
+# --- the regimes ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", ["none", "group", "frozen"])
+def test_a_force_with_a_potential_passes(norm):
+    system = cnn_system(norm)
+    trip, omega = round_trip(system, 0.05, 5), omega_invariance(system, 0.05, 3, pairs=2)
+    assert trip.state < 1e-6 and trip.energy < 1e-6 and trip.buffers == 0.0
+    assert trip.reach > 1e-3
+    assert omega.epsilon < 10 * omega.floor < 1e-12
+
+
+def test_batch_statistics_leave_buffers_and_inference_energy_off():
+    system = cnn_system("batch")
+    trip, omega = round_trip(system, 0.05, 5), omega_invariance(system, 0.05, 3, pairs=2)
+    assert trip.state < 1e-6 and omega.epsilon < 1e-12
+    assert trip.buffers > 1e-3 and trip.energy > 1e-5
+
+
+def test_running_statistics_break_round_trip_and_two_form_with_the_dose():
+    momenta = (0.0, 0.001, 0.01, 0.1)
+    model = cnn("running")
+    doses = dose_response(
+        model, F.cross_entropy, images(), momenta=momenta, dt=0.05, steps=3, pairs=2
+    )
+    for response in ("state", "epsilon", "buffers"):
+        values = [getattr(dose, response) for dose in doses]
+        assert values == sorted(values) and values[-1] > 10 * values[1], response
+    assert doses[0].state < 1e-6 and doses[0].epsilon < 1e-12 and doses[0].buffers == 0.0
+    assert doses[1].state > 1e-5 and doses[1].epsilon > 1e-9
+    assert all(m.momentum == 0.1 for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    with pytest.raises(ValueError, match="BatchNorm"):
+        dose_response(cnn("group"), F.cross_entropy, images())
+
+
+def test_frozen_calibrates_without_touching_the_model():
+    system = cnn_system("frozen")
+    with system.session():
+        z = system.start()
+    x = torch.stack([system.model.features[0](x) for x, _ in system.batches])
+    name = "features.1.running_mean"
+    expected = x.mean((0, 1, 3, 4)).detach()
+    torch.testing.assert_close(z.b[name], expected, rtol=1e-4, atol=1e-6)
+    assert not torch.allclose(dict(system.model.named_buffers())[name], expected, rtol=1e-3)
+
+
+# --- what is given back ---------------------------------------------------------------------------
+
+
+class Busy(nn.Module):
+    """Batch normalisation, dropout, a frozen weight, and a submodule in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.first = nn.Linear(6, 5)
+        self.norm = nn.BatchNorm1d(5)
+        self.drop = nn.Dropout(0.4)
+        self.head = nn.Linear(5, 3)
+        self.head.bias.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.drop(torch.tanh(self.norm(self.first(x)))))
+
+
+def busy_model() -> nn.Module:
+    model = Busy().train()
+    model.norm.eval()
+    model.first.weight.grad = torch.full_like(model.first.weight, 7.0)
+    return model
+
+
+def busy_batches() -> list[tuple[Tensor, Tensor]]:
+    return [(torch.randn(8, 6), torch.randint(0, 3, (8,))) for _ in range(3)]
+
+
+def fingerprint(model: nn.Module) -> dict:
+    return {
+        "state": {k: v.clone() for k, v in model.state_dict().items()},
+        "grads": {
+            k: None if p.grad is None else p.grad.clone() for k, p in model.named_parameters()
+        },
+        "requires": {k: p.requires_grad for k, p in model.named_parameters()},
+        "objects": {k: id(p) for k, p in model.named_parameters()},
+        "training": {k: m.training for k, m in model.named_modules()},
+        "hooks": {k: len(m._forward_hooks) for k, m in model.named_modules()},
+        "random": torch.get_rng_state(),
+    }
+
+
+def assert_same(after: dict, before: dict) -> None:
+    for key in before:
+        if key == "random":
+            assert torch.equal(after[key], before[key])
+            continue
+        assert after[key].keys() == before[key].keys()
+        for name, old in before[key].items():
+            new = after[key][name]
+            same = torch.equal(new, old) if isinstance(old, Tensor) else new == old
+            assert same, (key, name)
+
+
+PROBES = {
+    "round_trip": lambda s: round_trip(s, 0.05, 2),
+    "omega_jvp": lambda s: omega_invariance(s, 0.05, 2, pairs=1),
+    "omega_fd": lambda s: omega_invariance(s, 0.05, 1, pairs=1, tangents="fd"),
+    "energy_drift": lambda s: energy_drift(s, (0.05, 0.1), 5),
+}
+
+
+@pytest.mark.parametrize("regime", ["batch", "running", "frozen"])
+@pytest.mark.parametrize("probe", PROBES)
+@pytest.mark.parametrize("stop", [None, RuntimeError, KeyboardInterrupt])
+def test_everything_is_as_before(probe, regime, stop):
+    model, batches, calls = busy_model(), busy_batches(), 0
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if stop is not None and calls == 4:
+            raise stop("in the middle")
+        return F.cross_entropy(output, target)
+
+    before = fingerprint(model)
+    system = HamiltonianSystem(model, loss, batches, regime=regime)
+    if stop is None:
+        PROBES[probe](system)
+    else:
+        with pytest.raises(stop, match="in the middle"):
+            PROBES[probe](system)
+    assert_same(fingerprint(model), before)
+
+
+def test_dropout_draws_the_same_mask_on_the_way_back():
+    system = HamiltonianSystem(busy_model(), F.cross_entropy, busy_batches(), regime="frozen")
+    assert round_trip(system, 0.05, 5).state < 1e-6
+    assert omega_invariance(system, 0.05, 3, pairs=2).epsilon < 1e-12
+    with system.session():
+        z = system.start()
+        first, again, other = (system.gradient(z, t)[0] for t in (0, 0, 3))  # 3 is batch 0, too
+    assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+# --- refusals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"model": 3}, TypeError, "model"),
+        ({"loss_fn": None}, TypeError, "loss_fn"),
+        ({"batches": []}, ValueError, "batches"),
+        ({"batches": [torch.zeros(2)]}, ValueError, "batches"),
+        ({"inv_mass": "fan_out"}, ValueError, "inv_mass"),
+        ({"inv_mass": [1.0, 2.0]}, ValueError, "inv_mass: expected 1 numbers"),
+        ({"inv_mass": [-1.0]}, ValueError, r"inv_mass\[0\]"),
+        ({"damping": -0.1}, ValueError, "damping"),
+        ({"damping": math.nan}, ValueError, "damping"),
+        ({"regime": "eval"}, ValueError, "regime"),
+        ({"temperature": -1.0}, ValueError, "temperature"),
+    ],
+)
+def test_system_refuses(change, error, words):
+    model = Quadratic(torch.ones(2))
+    arguments = {"model": model, "loss_fn": value, "batches": [(torch.eye(2), torch.zeros(()))]}
+    with pytest.raises(error, match=words):
+        HamiltonianSystem(**{**arguments, **change})
+
+
+def test_system_refuses_a_model_without_trainable_parameters():
+    model = Quadratic(torch.ones(2)).requires_grad_(False)
+    with pytest.raises(ValueError, match="requires_grad_"):
+        HamiltonianSystem(model, value, [(torch.eye(2), torch.zeros(()))])
+
+
+def test_probes_refuse():
+    system = quadratic_system()
+    for dt in (0.0, math.inf, "0.1"):
+        with pytest.raises((TypeError, ValueError), match="dt"):
+            round_trip(system, dt, 3)
+    with pytest.raises(ValueError, match="steps"):
+        round_trip(system, 0.1, 0)
+    with pytest.raises(ValueError, match="pairs: expected at most N = 5"):
+        omega_invariance(system, 0.1, 1, pairs=6)
+    with pytest.raises(ValueError, match="tangents"):
+        omega_invariance(system, 0.1, 1, tangents="exact")
+    with pytest.raises(ValueError, match="dts"):
+        energy_drift(system, (), 10)
+    with pytest.raises(ValueError, match=r"dts\[1\]"):
+        energy_drift(system, (0.1, -0.1), 10)
+    with pytest.raises(ValueError, match="steps"):
+        energy_drift(system, (0.1,), 4)
+    with pytest.raises(ValueError, match="loss_fn: expected a scalar"):
+        round_trip(HamiltonianSystem(Busy(), lambda out, y: out, busy_batches()), 0.1, 1)
+
+
+def test_sharded_parameters_are_refused_with_words():
+    system = quadratic_system()
+    system.q[0].full_tensor = lambda: None
+    with pytest.raises(TypeError, match="DTensor"):
+        omega_invariance(system, 0.1, 1, pairs=1)
+
+
+def test_divergence_is_reported_and_not_raised():
+    result = round_trip(quadratic_system(), dt=1e200, steps=3)
+    assert not result.state < 1.0
