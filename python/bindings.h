@@ -11,16 +11,27 @@ void bind_leapfrog(py::module_& module);
 void bind_two_form(py::module_& module);
 void bind_power_iteration(py::module_& module);
 
-// inv_mass of a list of L tensors: L floats, or L tensors laid out like them.
+// Runs f without the GIL where the work is long enough to be worth handing it over.
+template <class F>
+auto without_gil(const std::vector<View>& views, F&& f) {
+  int64_t count = 0;
+  for (const View& v : views) count += v.count;
+  if (count < 65536) return f();
+  py::gil_scoped_release release;
+  return f();
+}
+
+// inv_mass of L tensors: a float for all, L floats, or L tensors laid out like them.
 struct InvMass {
-  std::vector<double> scalars;
+  double all = 1.0;
+  std::vector<double> each;
   std::vector<View> tensors;
-  double scalar(size_t i) const { return scalars.empty() ? 1.0 : scalars[i]; }
-  const void* pointer(size_t i) const {
-    return tensors.empty() ? nullptr : tensors[i].data;
-  }
+  double scalar(size_t i) const { return tensors.empty() ? each.empty() ? all : each[i] : 1.0; }
+  const void* pointer(size_t i) const { return tensors.empty() ? nullptr : tensors[i].data; }
 };
-bool inv_mass_of(const py::list& inv_mass, const std::vector<View>& like,
-                 InvMass& out);
+
+// False where it is not that, or a float is negative or not finite.
+bool inv_mass_of(py::handle inv_mass, const std::vector<View>& like, InvMass& out,
+                 bool recording = false);
 
 }  // namespace gti

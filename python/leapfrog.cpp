@@ -1,25 +1,28 @@
 #include "gti/leapfrog.h"
 
+#include <cmath>
+
 #include "bindings.h"
 #include "tensors.h"
 
 namespace gti {
 namespace {
 
-// The items of a call. Lists that the call does not use are empty. False where
-// the tensors are not what the kernel takes: then nothing has been touched.
+// The items of a call. False where an argument is not what the kernel takes: then nothing has been
+// touched. Arguments that the call does not have are empty handles.
 struct Call {
   std::vector<View> q, p, grad;
   InvMass mass;
   std::vector<LeapfrogItem> items;
 
-  bool read(const py::list* q_list, const py::list& p_list,
-            const py::list* grad_list, const py::list* inv_mass) {
-    if (!views_of(p_list, p)) return false;
-    if (q_list && !(views_of(*q_list, q) && q.size() == p.size())) return false;
-    if (grad_list && !(views_of(*grad_list, grad) && grad.size() == p.size()))
-      return false;
-    if (inv_mass && !inv_mass_of(*inv_mass, p, mass)) return false;
+  bool read(py::handle q_list, py::handle p_list, py::handle grad_list, py::handle inv_mass,
+            bool recording) {
+    if (!views_of(p_list, p, recording)) return false;
+    const auto views_like_p = [&](py::handle objects, std::vector<View>& views) {
+      return !objects || (views_of(objects, views, recording) && views.size() == p.size());
+    };
+    if (!views_like_p(q_list, q) || !views_like_p(grad_list, grad)) return false;
+    if (inv_mass && !inv_mass_of(inv_mass, p, mass, recording)) return false;
     items.resize(p.size());
     for (size_t i = 0; i < p.size(); ++i) {
       if (!is_dense(p[i]) || (q_list && !same_layout(q[i], p[i])) ||
@@ -37,42 +40,37 @@ struct Call {
   }
 };
 
-bool py_kick(const py::list& p, const py::list& grad, double step, double damp,
+bool py_kick(py::handle p, py::handle grad, double step, double damp, bool recording,
              int threads) {
   Call call;
-  if (!call.read(nullptr, p, &grad, nullptr) ||
+  if (!(std::isfinite(step) && std::isfinite(damp)) || !call.read({}, p, grad, {}, recording) ||
       !disjoint({&call.p}, {&call.grad}))
     return false;
-  py::gil_scoped_release release;
-  kick(call.items.data(), call.items.size(), step, damp, threads);
+  without_gil(call.p,
+              [&] { kick(call.items.data(), call.items.size(), step, damp, threads); });
   return true;
 }
 
-bool py_drift(const py::list& q, const py::list& p, double step,
-              const py::list& inv_mass, int threads) {
+bool py_drift(py::handle q, py::handle p, double step, py::handle inv_mass, bool recording,
+              int threads) {
   Call call;
-  if (!call.read(&q, p, nullptr, &inv_mass) ||
+  if (!std::isfinite(step) || !call.read(q, p, {}, inv_mass, recording) ||
       !disjoint({&call.q}, {&call.p, &call.mass.tensors}))
     return false;
-  py::gil_scoped_release release;
-  drift(call.items.data(), call.items.size(), step, threads);
+  without_gil(call.p, [&] { drift(call.items.data(), call.items.size(), step, threads); });
   return true;
 }
 
-py::object py_kick_drift(const py::list& q, const py::list& p,
-                         const py::list& grad, double kick, double drift,
-                         const py::list& inv_mass, double damp, int threads) {
+py::object py_kick_drift(py::handle q, py::handle p, py::handle grad, double kick, double drift,
+                         py::handle inv_mass, double damp, bool recording, int threads) {
   Call call;
-  if (!call.read(&q, p, &grad, &inv_mass) ||
+  if (!(std::isfinite(kick) && std::isfinite(drift) && std::isfinite(damp)) ||
+      !call.read(q, p, grad, inv_mass, recording) ||
       !disjoint({&call.q, &call.p}, {&call.grad, &call.mass.tensors}))
     return py::none();
-  double energy;
-  {
-    py::gil_scoped_release release;
-    energy = kick_drift(call.items.data(), call.items.size(), kick, drift, damp,
-                        threads);
-  }
-  return py::float_(energy);
+  return scalar_tensor(without_gil(call.p, [&] {
+    return kick_drift(call.items.data(), call.items.size(), kick, drift, damp, threads);
+  }));
 }
 
 }  // namespace

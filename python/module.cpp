@@ -1,24 +1,32 @@
 // The module gti_kernels._compiled: one binding per op, in the file of the op's
 // name.
+#include <cmath>
+
 #include "bindings.h"
 
 namespace gti {
 
-bool inv_mass_of(const py::list& inv_mass, const std::vector<View>& like,
-                 InvMass& out) {
-  if (inv_mass.size() != like.size()) return false;
-  if (like.empty()) return true;
-  if (py::isinstance<py::float_>(inv_mass[0])) {
-    out.scalars.resize(like.size());
-    for (size_t i = 0; i < like.size(); ++i) {
-      if (!py::isinstance<py::float_>(inv_mass[i])) return false;
-      out.scalars[i] = PyFloat_AS_DOUBLE(py::object(inv_mass[i]).ptr());
-    }
+bool inv_mass_of(py::handle inv_mass, const std::vector<View>& like, InvMass& out, bool recording) {
+  const auto read = [](PyObject* x, double& value) {
+    if (!PyFloat_CheckExact(x)) return false;
+    value = PyFloat_AS_DOUBLE(x);
+    return std::isfinite(value) && value >= 0.0;
+  };
+  PyObject* list = inv_mass.ptr();
+  if (read(list, out.all)) return true;
+  const bool floats = PyList_Check(list) && PyList_GET_SIZE(list) > 0 &&
+                      PyFloat_CheckExact(PyList_GET_ITEM(list, 0));
+  if (!floats) {
+    if (!views_of(inv_mass, out.tensors, recording) || out.tensors.size() != like.size())
+      return false;
+    for (size_t i = 0; i < like.size(); ++i)
+      if (!same_layout(out.tensors[i], like[i])) return false;
     return true;
   }
-  if (!views_of(inv_mass, out.tensors)) return false;
+  if (static_cast<size_t>(PyList_GET_SIZE(list)) != like.size()) return false;
+  out.each.resize(like.size());
   for (size_t i = 0; i < like.size(); ++i)
-    if (!same_layout(out.tensors[i], like[i])) return false;
+    if (!read(PyList_GET_ITEM(list, i), out.each[i])) return false;
   return true;
 }
 

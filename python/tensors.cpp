@@ -1,17 +1,27 @@
 #include "tensors.h"
 
 #include <algorithm>
+#include <cstring>
 #include <utility>
 
 namespace gti {
 namespace {
 
+struct ManagedTensor {
+  uint32_t major, minor;
+  void* context;
+  void (*deleter)(ManagedTensor*);
+  uint64_t flags;
+  DLTensor tensor;
+};
+
 struct ExchangeTable {
   uint32_t major, minor;
   ExchangeTable* previous;
-  void* allocate;
+  int (*allocate)(DLTensor* prototype, ManagedTensor** out, void* error_context,
+                  void (*set_error)(void* context, const char* kind, const char* message));
   void* managed_from_object;
-  void* managed_to_object;
+  int (*object_from_managed)(ManagedTensor* tensor, void** out);
   int (*tensor_from_object)(void* object, DLTensor* out);
   void* current_stream;
 };
@@ -24,6 +34,20 @@ std::vector<PyTypeObject*> tensor_types;  // held for the life of the process
 ExchangeTable* table = nullptr;
 
 using Range = std::pair<const char*, const char*>;
+
+struct Names {
+  PyObject* is_neg = PyUnicode_InternFromString("is_neg");
+  PyObject* requires_grad = PyUnicode_InternFromString("requires_grad");
+};
+Names names;  // made when the module is loaded
+
+// Consumes the reference; an error counts as true.
+bool is_true(PyObject* object) {
+  if (!object) PyErr_Clear();
+  const bool result = object != Py_False;
+  Py_XDECREF(object);
+  return result;
+}
 
 }  // namespace
 
@@ -43,11 +67,11 @@ void set_tensor_types(const py::tuple& types) {
   }
 }
 
-bool view_of(py::handle object, View& view) {
+bool view_of(py::handle object, View& view, bool recording) {
   const auto* type = Py_TYPE(object.ptr());
-  if (std::find(tensor_types.begin(), tensor_types.end(), type) ==
-      tensor_types.end())
-    return false;
+  if (std::find(tensor_types.begin(), tensor_types.end(), type) == tensor_types.end()) return false;
+  if (is_true(PyObject_CallMethodNoArgs(object.ptr(), names.is_neg))) return false;
+  if (recording && is_true(PyObject_GetAttr(object.ptr(), names.requires_grad))) return false;
   DLTensor t;
   if (table->tensor_from_object(object.ptr(), &t) != 0) {
     PyErr_Clear();
@@ -74,11 +98,28 @@ bool view_of(py::handle object, View& view) {
   return t.data != nullptr || view.count == 0;
 }
 
-bool views_of(const py::list& objects, std::vector<View>& views) {
-  views.resize(objects.size());
+bool views_of(py::handle objects, std::vector<View>& views, bool recording) {
+  if (!PyList_Check(objects.ptr())) {
+    views.resize(1);
+    return view_of(objects, views[0], recording);
+  }
+  views.resize(PyList_GET_SIZE(objects.ptr()));
   for (size_t i = 0; i < views.size(); ++i)
-    if (!view_of(objects[i], views[i])) return false;
+    if (!view_of(PyList_GET_ITEM(objects.ptr(), i), views[i], recording)) return false;
   return true;
+}
+
+py::object scalar_tensor(double value) {
+  DLTensor like{nullptr, kCpu, 0, 0, kFloat, 64, 1, nullptr, nullptr, 0};
+  ManagedTensor* managed = nullptr;
+  const auto fail = [](void*, const char*, const char* message) {
+    PyErr_SetString(PyExc_RuntimeError, message);
+  };
+  void* object = nullptr;
+  if (table->allocate(&like, &managed, nullptr, fail) != 0) throw py::error_already_set();
+  std::memcpy(managed->tensor.data, &value, sizeof(value));
+  if (table->object_from_managed(managed, &object) != 0) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(static_cast<PyObject*>(object));
 }
 
 bool is_contiguous(const View& view) {

@@ -39,12 +39,15 @@ struct View {
 // read here.
 void set_tensor_types(const py::tuple& types);
 
-// Fills `view`; false where the object is no plain CPU tensor of fp64, fp32,
-// bf16 or fp16.
-bool view_of(py::handle object, View& view);
+// Fills `view`; false where the object is no plain CPU tensor of fp64, fp32, bf16 or fp16, is a lazily
+// negated view, or (with `recording`) requires grad.
+bool view_of(py::handle object, View& view, bool recording = false);
 
-// Fills one view for each object of a list; false as above.
-bool views_of(const py::list& objects, std::vector<View>& views);
+// One view for each object of a list, or one for a single tensor; false as above.
+bool views_of(py::handle objects, std::vector<View>& views, bool recording = false);
+
+// A new 0-d fp64 tensor.
+py::object scalar_tensor(double value);
 
 // Every element is visited once by counting through `count` elements from
 // `data`.

@@ -17,6 +17,15 @@ from gti_kernels.probes.certificate import PROBES, Certificate, Thresholds, cert
 from gti_kernels.probes.certificate_text import short
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The models here are so small that more threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def small(norm: str = "group", **options) -> Certificate:
     torch.manual_seed(0)
     model = MLP(16, 3, norm, width=8)

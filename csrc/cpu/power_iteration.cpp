@@ -162,7 +162,8 @@ inline void top_eigenvector(double t[3][3], double* top) {
   int best = 0;
   for (int i = 1; i < 3; ++i)
     if (t[i][i] > t[best][best]) best = i;
-  for (int i = 0; i < 3; ++i) top[i] = q[i][best];
+  // The sign is free: the coordinate on v stays positive, so that v keeps its sign.
+  for (int i = 0; i < 3; ++i) top[i] = std::copysign(1.0, q[0][best]) * q[i][best];
 }
 
 struct Settings {

@@ -39,6 +39,8 @@ def kinetic_energy(
     >>> gti.kinetic_energy(torch.tensor([3.0, 4.0]), inv_mass=0.5)
     tensor(6.2500, dtype=torch.float64)
     """
+    if is_plain_eager() and (energy := _on_cpu(p, inv_mass, backend)) is not None:
+        return energy
     ps = tensor_list(p)
     mass = inv_mass_list("kinetic_energy", inv_mass, ps)
     refuse_derivative("kinetic_energy", ps, "Pass p.detach()")
@@ -48,18 +50,22 @@ def kinetic_energy(
     return torch.ops.gti_kernels.kinetic_energy(ps, scalars, tensors, backend)
 
 
+def _on_cpu(p: Any, inv_mass: Any, backend: str) -> Tensor | None:
+    """The energy, or None where the call is not for the compiled kernel or an argument is odd."""
+    if backends.compiled is None or backend not in ("auto", "cpu"):
+        return None
+    recording, threads = torch.is_grad_enabled(), torch.get_num_threads()
+    return backends.compiled.kinetic_energy(p, inv_mass, recording, threads)
+
+
 def _kinetic_energy(
     p: list[Tensor], inv_mass: list[Any], inv_mass_tensors: list[Tensor], backend: str
 ) -> Tensor:
     mass = inv_mass_tensors or inv_mass
-    if (
-        backends.compiled is not None
-        and backend in ("auto", "cpu")
-        and not any(t.is_neg() for t in p)
-    ):
-        energy = backends.compiled.kinetic_energy(p, mass, torch.get_num_threads())
-        if energy is not None:
-            return torch.scalar_tensor(energy, dtype=torch.float64)
+    with torch.no_grad():
+        energy = _on_cpu(p, mass, backend)
+    if energy is not None:
+        return energy
     device, limits = limits_of_kinetic_energy(p, inv_mass=mass)
     chosen = backends.choose("kinetic_energy", device, backend, limits)
     if chosen == "triton":

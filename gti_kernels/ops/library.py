@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+_modes = torch._C._len_torch_dispatch_stack
+_transform_level = torch._C._functorch.maybe_current_level
+
 LIBRARY = torch.library.Library("gti_kernels", "DEF")
 
 
@@ -30,8 +33,8 @@ def is_plain_eager() -> bool:
     """True where a tensor is what it seems: no compiler, no transform, no mode watches the call."""
     return not (
         torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.maybe_current_level() is not None
+        or _modes()
+        or _transform_level() is not None
         or forward_ad._current_level >= 0
     )
 
@@ -47,7 +50,7 @@ def refuse_derivative(op: str, tensors: Iterable[Tensor], remedy: str) -> None:
                 )
     if torch.compiler.is_compiling():
         return
-    if torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0:
+    if _transform_level() is not None or forward_ad._current_level >= 0:
         for t in tensors:
             wrapped = torch._C._functorch.is_functorch_wrapped_tensor(t)
             if wrapped or forward_ad.unpack_dual(t).tangent is not None:

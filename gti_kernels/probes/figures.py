@@ -21,7 +21,7 @@ def save_figures(certificate: Certificate, folder: Path) -> list[Path]:
 
     def draw(name: str, panels: int, paint: Callable[[Any, Certificate], None]) -> Path:
         # The object interface with Agg: no display, and pyplot's global state is left alone.
-        figure = Figure(figsize=(4.2 * panels + 1.2, 3.8), layout="constrained")
+        figure = Figure(figsize=(4.2 * panels + 1.4, 3.8), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots(1, panels, squeeze=False)[0]
         paint(axes, certificate)
@@ -49,7 +49,21 @@ def _omega(axes: Any, certificate: Certificate) -> None:
 
 
 def _drift(axes: Any, certificate: Certificate) -> None:
-    _against_dt(axes[0], certificate, "drift", "energy drift per step", "D / |H₀|")
+    """D over every dt that entered the slope, of the first seed; the floor is in the title."""
+    axis = axes[0]
+    floors = []
+    for i, name in enumerate(certificate.names):
+        drift = next(run.drift for run in certificate.runs if run.name == name)
+        label = name if math.isnan(drift.slope) else f"{name}, slope {drift.slope:+.2f}"
+        relative = [d / abs(drift.energy) for d in drift.drift]
+        axis.plot(drift.dts, relative, "o-", color=f"C{i}", markersize=5, label=label)
+        floors.append(drift.floor / abs(drift.energy))
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    title = f"energy drift per step (rounding floor {max(floors):.0e})"
+    axis.set(title=title, xlabel="step size dt", ylabel="D / |H₀|")
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
+    axis.grid(alpha=0.25)
 
 
 def _against_dt(axis: Any, certificate: Certificate, probe: str, title: str, label: str) -> None:
@@ -65,7 +79,7 @@ def _against_dt(axis: Any, certificate: Certificate, probe: str, title: str, lab
         floors = [row.floor[probe] for row in rows if row.name == name]
         axis.plot(dts, values, "o-", **style)
         axis.plot(dts, floors, "--", color=f"C{i}", alpha=0.5)
-        shown += [x for x in values + floors if x > 0]
+        shown += values + floors
     threshold = getattr(certificate.thresholds, probe)
     axis.axhline(threshold, color="0.4", linewidth=1)
     axis.annotate(
@@ -101,7 +115,13 @@ def _dose_response(axes: Any, certificate: Certificate) -> None:
 
 
 def _log_from_zero(axis: Any, values: list[float]) -> None:
-    """A logarithmic axis over the positive values, with a place for 0 at its lower edge."""
+    """A logarithmic axis over the positive values; 0, where it occurs, a decade below them."""
     positive = [x for x in values if 0 < x < math.inf]
-    axis.set_yscale("symlog", linthresh=min(positive, default=1e-16) / 3, linscale=0.3)
-    axis.set_ylim(0, 3 * max(positive, default=1.0))
+    low = 10.0 ** math.floor(math.log10(min(positive, default=1.0)))
+    high = 3 * max(positive, default=1.0)
+    if 0.0 in values:
+        axis.set_yscale("symlog", linthresh=low, linscale=1)
+        axis.set_ylim(-0.1 * low, high)
+    else:
+        axis.set_yscale("log")
+        axis.set_ylim(low, high)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..conventions import compute_dtype
 from ..ops.kinetic_energy import kinetic_energy
 from ..ops.leapfrog import kick_, kick_drift_
 from .arguments import finite
@@ -27,8 +26,8 @@ REGIMES = ("batch", "running", "frozen")
 class State:
     """A point (q, p, b) of the extended phase space, or m tangents at one ([m, *shape] each).
 
-    q: L tensors, the trainable parameters; p: L momenta of the same shapes, at least fp32;
-    b: all else that a forward pass reads, by name: buffers, and parameters that do not require grad.
+    q: L tensors, the trainable parameters; p: L momenta of the same shapes and dtypes;
+    b: all else that a forward pass reads, by name: buffers and parameters without requires_grad.
     """
 
     q: list[Tensor]
@@ -244,10 +243,13 @@ class HamiltonianSystem:
         with self.clock("gradients"), torch.enable_grad():
             q = [x.detach().requires_grad_() for x in state.q]
             grads = torch.autograd.grad(self.loss(q, state.b, t), q, allow_unused=True)
-            return [torch.zeros_like(x) if g is None else g for x, g in zip(q, grads, strict=True)]
+            return [
+                torch.zeros_like(x) if g is None else laid_out_like(x, g)
+                for x, g in zip(state.q, grads, strict=True)
+            ]
 
     def loss(self, q: Sequence[Tensor], b: dict[str, Tensor], t: int, y: Any = None) -> Tensor:
-        """L_t(q) with buffers b, 0-d, in the dtype of q; y takes the place of the batch's target."""
+        """L_t(q) with buffers b, 0-d, in the dtype of q; y replaces the batch's target."""
         y = self.target(t, q[0].dtype) if y is None else y
         value = self.loss_fn(self.output(q, b, t), y)
         if not isinstance(value, Tensor) or value.ndim != 0:
@@ -301,8 +303,8 @@ class HamiltonianSystem:
         momenta = []
         for q, w in zip(self.q, self.inv_mass, strict=True):
             noise = torch.randn(q.shape, generator=generator, dtype=torch.float64)
-            p = math.sqrt(self.temperature / w) * noise
-            momenta.append(p.to(device=self.device, dtype=compute_dtype(q.dtype)))
+            # The layout of q, so that the kernels can walk through both as flat memory.
+            momenta.append(_own(q, None).copy_(math.sqrt(self.temperature / w) * noise))
         return momenta
 
 
@@ -311,6 +313,11 @@ def cast(x: Any, dtype: torch.dtype) -> Any:
     if isinstance(x, tuple):
         return tuple(cast(item, dtype) for item in x)
     return x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+
+def laid_out_like(z: Tensor, x: Tensor) -> Tensor:
+    """x with the strides of z, so that a kernel can walk through both as flat memory."""
+    return x if x.stride() == z.stride() else torch.empty_like(z).copy_(x)
 
 
 def _own(x: Tensor, dtype: torch.dtype | None) -> Tensor:

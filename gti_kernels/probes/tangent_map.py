@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.func import grad, jvp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map
 
 from ..ops.leapfrog import kick_, kick_drift_
 from .batch_statistics import functional_normalization
-from .hamiltonian_system import HamiltonianSystem, State
+from .hamiltonian_system import HamiltonianSystem, State, laid_out_like
 
 
 def push_tangents(
@@ -56,7 +57,7 @@ def _force(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """∇L_t(q; b) and its derivative along the tangents."""
     layers = system.layers if system.regime in ("batch", "running") else {}
-    # A float target gets zeros for tangents: torch.func.jvp of mse_loss's gradient fails without any.
+    # A float target gets tangents, zeros: without any, torch.func.jvp of mse_loss's gradient fails.
     y = system.target(t, torch.float64)
     ys = [y] if isinstance(y, Tensor) and y.is_floating_point() else []
     dys = [x.new_zeros(tangents.q[0].shape[:1] + x.shape) for x in ys]
@@ -67,8 +68,13 @@ def _force(
             return grad(system.loss)(q, state.b, t, *ys)
 
     point = (state.q, {name: state.b[name] for name in tangents.b}, ys)
-    with system.clock("gradients"):
-        return _differential(force, point, (tangents.q, tangents.b, dys))
+    # The math backend of attention is the one with forward derivatives.
+    with system.clock("gradients"), sdpa_kernel(SDPBackend.MATH):
+        value, derivative = _differential(force, point, (tangents.q, tangents.b, dys))
+        return (
+            [laid_out_like(q, f) for q, f in zip(state.q, value, strict=True)],
+            [laid_out_like(dq, df) for dq, df in zip(tangents.q, derivative, strict=True)],
+        )
 
 
 def _push_statistics(system: HamiltonianSystem, state: State, tangents: State, t: int) -> None:

@@ -121,6 +121,7 @@ def _one(
             basis = [torch.cat(x, 1) for x in ([v, r, s], [y, y_r, y_s], [z, z_r, z_s])]
             _, vectors = torch.linalg.eigh(basis[1].double().T @ basis[1].double())
             top = vectors.flip(1)[:, :k]
+            top = top * torch.where(top.diagonal() < 0, -1.0, 1.0)  # v keeps its sign
             step = top.clone()
             step[:k] = 0.0  # the move away from V; in coordinates, orthonormal to the new V
             s_top = _orthonormal(step, [top], complete=False)

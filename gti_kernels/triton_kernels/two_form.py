@@ -17,8 +17,9 @@ from torch import Tensor
 from .ragged import TRITON_DTYPE, device_table, find_item, on_device, pointer, prefix, widen
 
 UNIT = 2.0**-53  # fp64 unit roundoff
-PROGRAMS = 2048  # aimed at; no property of the device, so that no bit of a result depends on it
-FINISH_COLUMNS, FINISH_BLOCK = 16, 64
+PROGRAMS = 1024  # aimed at; no property of the device, so that no bit of a result depends on it
+REDUCE_ROWS, REDUCE_BLOCK = 16, 128
+FINISH_COLUMNS = 64
 
 
 class Tile(NamedTuple):
@@ -37,15 +38,15 @@ class Tile(NamedTuple):
                 return cls(size, 128, False, 8 if metric else 4)
             return cls(size, 128 if metric else 256, False, 4)
         if m <= 16:
-            return cls(16, 64, True, 8 if metric else 4)
-        return cls(32, 32, True, 8)
+            return cls(16, 32 if metric else 64, True, 4)
+        return cls(32, 16 if metric else 32, True, 8)
 
 
 @triton.jit(do_not_specialize=["items", "m", "tiles", "blocks", "stretch", "first", "stretches"])
 def tile_kernel(
     table,  # int64 rows: addresses of dq, dp [m, N_t], their row strides, N_t, first blocks
     items: tl.int64,
-    sums,  # fp64 [slots, T·tiles, T·tiles, stretches], written
+    sums,  # fp64 [1 + METRIC, T·tiles, T·tiles, 1 + EXACT, stretches], written: G and S
     norms,  # fp64 [2, T·tiles, stretches], written: Σ dq², Σ dp²
     m: tl.int32,
     tiles: tl.int32,
@@ -62,7 +63,7 @@ def tile_kernel(
 ):
     """Partial sums over one stretch: G_ij = dq_i·dp_j and S_ij = dq_i·dq_j + dp_i·dp_j.
 
-    Slots: G, its low part if EXACT, S, its low part.
+    EXACT: each is a high part and a low part.
     """
     tile = tl.program_id(0)  # fastest: programs that read the same coordinates run together
     place = tl.program_id(1).to(tl.int64)
@@ -104,26 +105,27 @@ def tile_kernel(
             s, s_low = _outer(s, s_low, p_i, p_j, DOT, EXACT)
 
     padded = tiles.to(tl.int64) * T
-    out = sums + (row_i[:, None] * padded + row_j[None, :]) * stretches + first + place
-    slot = padded * padded * stretches
+    parts: tl.constexpr = 2 if EXACT else 1
+    out = sums + (row_i[:, None] * padded + row_j[None, :]) * (parts * stretches) + first + place
     if DOT:
         g += g_low
     else:
         g, g_low = _lane_sum(g, g_low, T * T, BLOCK, EXACT)
     tl.store(out, tl.reshape(g, (T, T)))
     if EXACT:
-        tl.store(out + slot, tl.reshape(g_low, (T, T)))
+        tl.store(out + stretches, tl.reshape(g_low, (T, T)))
     if METRIC:
         if DOT:
             s += s_low
         else:
             s, s_low = _lane_sum(s, s_low, T * T, BLOCK, EXACT)
-        out += slot * (2 if EXACT else 1)
+        out += padded * padded * (parts * stretches)
         tl.store(out, tl.reshape(s, (T, T)))
         if EXACT:
-            tl.store(out + slot, tl.reshape(s_low, (T, T)))
+            tl.store(out + stretches, tl.reshape(s_low, (T, T)))
     if tile_i == tile_j:
-        q_sum, p_sum = _lane_sum(q_norm, p_norm, T, BLOCK, False)
+        q_sum, _ = _lane_sum(q_norm, q_norm, T, BLOCK, False)
+        p_sum, _ = _lane_sum(p_norm, p_norm, T, BLOCK, False)
         tl.store(norms + row_i * stretches + first + place, q_sum)
         tl.store(norms + (padded + row_i) * stretches + first + place, p_sum)
 
@@ -167,97 +169,100 @@ def _two_sum(high, low, x, x_low):
 
 @triton.jit
 def _lane_sum(x, y, ROWS: tl.constexpr, LANES: tl.constexpr, EXACT: tl.constexpr):
-    """x, y of ROWS·LANES numbers → [ROWS], summed over the lanes; EXACT: y is the low part of x.
+    """x of ROWS·LANES numbers → [ROWS], summed over the lanes; EXACT: y likewise, its low part.
 
     By halves: log2(LANES) additions for each number, whatever the layout in registers.
     """
     for level in tl.static_range(LANES.bit_length() - 1):
         x0, x1 = tl.split(tl.reshape(x, (ROWS, LANES >> (level + 1), 2)))
-        y0, y1 = tl.split(tl.reshape(y, (ROWS, LANES >> (level + 1), 2)))
         if EXACT:
+            y0, y1 = tl.split(tl.reshape(y, (ROWS, LANES >> (level + 1), 2)))
             x, y = _two_sum(x0, y0, x1, y1)
         else:
             x = x0 + x1
-            y = y0 + y1
-    return tl.reshape(x, (ROWS,)), tl.reshape(y, (ROWS,))
+    x = tl.reshape(x, (ROWS,))
+    if EXACT:
+        y = tl.reshape(y, (ROWS,))
+    return x, y
 
 
-@triton.jit(do_not_specialize=["m", "padded", "stretches"])
+@triton.jit(do_not_specialize=["rows", "stretches"])
+def reduce_kernel(
+    x,  # fp64 [rows, 1 + EXACT, stretches]
+    out,  # fp64 [rows, 1 + EXACT], written
+    rows: tl.int64,
+    stretches: tl.int64,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """Sums over the stretches, ROWS of them."""
+    parts: tl.constexpr = 2 if EXACT else 1
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    high = tl.zeros((ROWS, BLOCK), tl.float64)
+    low = tl.zeros((ROWS, BLOCK), tl.float64)
+    for first in range(0, stretches, BLOCK):
+        place = first + tl.arange(0, BLOCK)
+        here = x + row[:, None] * (parts * stretches) + place[None, :]
+        inside = (row < rows)[:, None] & (place < stretches)[None, :]
+        new = tl.load(here, mask=inside, other=0.0)
+        if EXACT:
+            new_low = tl.load(here + stretches, mask=inside, other=0.0)
+            high, low = _two_sum(high, low, new, new_low)
+        else:
+            high += new
+    high, low = _lane_sum(high, low, ROWS, BLOCK, EXACT)
+    tl.store(out + row * parts, high, mask=row < rows)
+    if EXACT:
+        tl.store(out + row * parts + 1, low, mask=row < rows)
+
+
+@triton.jit(do_not_specialize=["m", "padded"])
 def finish_kernel(
-    sums,  # fp64 [slots, padded, padded, stretches]
-    norms,  # fp64 [2, padded, stretches]
+    sums,  # fp64 [1 + METRIC, padded, padded, 1 + EXACT]
+    norms,  # fp64 [2, padded]
     omega,  # fp64 [m, m], written
     bound,  # fp64 [m, m], written
     metric,  # fp64 [m, m], written if METRIC
     m: tl.int64,
     padded: tl.int64,
-    stretches: tl.int64,
     factor: tl.float64,
     underflow: tl.float64,
     EXACT: tl.constexpr,
     METRIC: tl.constexpr,
     COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
 ):
     """One row i and COLUMNS columns j: Ω_ij = G_ij − G_ji, its bound, S_ij."""
     i = tl.program_id(0).to(tl.int64)
     j = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    slot = padded * padded * stretches
-    same = i + j * 0
-    a, a_low = _stretch_sum(sums, i * padded + j, slot, stretches, j < m, COLUMNS, BLOCK, EXACT)
-    b, b_low = _stretch_sum(sums, j * padded + i, slot, stretches, j < m, COLUMNS, BLOCK, EXACT)
+    inside = j < m
+    parts: tl.constexpr = 2 if EXACT else 1
+    g_ij = sums + (i * padded + j) * parts
+    g_ji = sums + (j * padded + i) * parts
+    a = tl.load(g_ij, mask=inside, other=0.0)
+    b = tl.load(g_ji, mask=inside, other=0.0)
     if EXACT:
+        a_low = tl.load(g_ij + 1, mask=inside, other=0.0)
+        b_low = tl.load(g_ji + 1, mask=inside, other=0.0)
         high, low = _two_sum(a, a_low, -b, -b_low)
         w = high + low
     else:
         w = a - b
-    q_i, p_i = _norms(norms, same, padded, stretches, underflow, m, COLUMNS, BLOCK)
-    q_j, p_j = _norms(norms, j, padded, stretches, underflow, m, COLUMNS, BLOCK)
-    out = i * m + j
-    tl.store(omega + out, w, mask=j < m)  # its diagonal, x − x, is 0 or NaN
+    # Not less for squares that underflowed.
+    q_i = tl.sqrt(tl.load(norms + i) + underflow)
+    p_i = tl.sqrt(tl.load(norms + padded + i) + underflow)
+    q_j = tl.sqrt(tl.load(norms + j, mask=inside, other=0.0) + underflow)
+    p_j = tl.sqrt(tl.load(norms + padded + j, mask=inside, other=0.0) + underflow)
     limit = 1.1102230246251565e-16 * tl.abs(w) + factor * (q_i * p_j + p_i * q_j) + underflow
-    tl.store(bound + out, tl.where(i == j, w, limit), mask=j < m)
+    out = i * m + j
+    tl.store(omega + out, w, mask=inside)  # its diagonal, x − x, is 0 or NaN
+    tl.store(bound + out, tl.where(i == j, w, limit), mask=inside)
     if METRIC:
-        sums += slot * (2 if EXACT else 1)
-        upper = tl.minimum(i, j) * padded + tl.maximum(i, j)
-        s, s_low = _stretch_sum(sums, upper, slot, stretches, j < m, COLUMNS, BLOCK, EXACT)
+        upper = padded * padded + tl.minimum(i, j) * padded + tl.maximum(i, j)
+        s = tl.load(sums + upper * parts, mask=inside, other=0.0)
         if EXACT:
-            s += s_low
-        tl.store(metric + out, s, mask=j < m)
-
-
-@triton.jit
-def _stretch_sum(
-    sums,
-    entry,
-    slot,
-    stretches,
-    mask,
-    COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    EXACT: tl.constexpr,
-):
-    """Σ over the stretches of sums[entry, :] (and of its low part, one slot on): [COLUMNS]."""
-    x = tl.zeros((COLUMNS, BLOCK), tl.float64)
-    y = tl.zeros((COLUMNS, BLOCK), tl.float64)
-    for first in range(0, stretches, BLOCK):
-        place = first + tl.arange(0, BLOCK)
-        here = sums + entry[:, None] * stretches + place[None, :]
-        inside = mask[:, None] & (place < stretches)[None, :]
-        if EXACT:
-            new = tl.load(here, mask=inside, other=0.0)
-            x, y = _two_sum(x, y, new, tl.load(here + slot, mask=inside, other=0.0))
-        else:
-            x += tl.load(here, mask=inside, other=0.0)
-    return _lane_sum(x, y, COLUMNS, BLOCK, EXACT)
-
-
-@triton.jit
-def _norms(norms, row, padded, stretches, underflow, m, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """‖dq_row‖ and ‖dp_row‖, not less for squares that underflowed."""
-    q, _ = _stretch_sum(norms, row, 0, stretches, row < m, COLUMNS, BLOCK, False)
-    p, _ = _stretch_sum(norms, padded + row, 0, stretches, row < m, COLUMNS, BLOCK, False)
-    return tl.sqrt(q + underflow), tl.sqrt(p + underflow)
+            s += tl.load(sums + upper * parts + 1, mask=inside, other=0.0)
+        tl.store(metric + out, s, mask=inside)
 
 
 def two_form(
@@ -297,7 +302,7 @@ def two_form(
 
     padded = tiles * tile.T
     new = {"dtype": torch.float64, "device": device}
-    sums = torch.empty((1 + exact) * (1 + metric), padded, padded, stretches, **new)
+    sums = torch.empty(1 + metric, padded, padded, 1 + exact, stretches, **new)
     norms = torch.empty(2, padded, stretches, **new)
     omega, bound = torch.empty(m, m, **new), torch.empty(m, m, **new)
     gram = torch.empty(m, m, **new) if metric else None
@@ -321,27 +326,40 @@ def two_form(
                 enable_fp_fusion=not exact,
                 **tile._asdict(),
             )
+        totals = []
+        for x, pairs in ((sums, exact), (norms, False)):
+            total = torch.empty(x.shape[:-1], **new)
+            rows_of_x = total.numel() // (1 + pairs)
+            reduce_kernel[(triton.cdiv(rows_of_x, REDUCE_ROWS),)](
+                x,
+                total,
+                rows_of_x,
+                stretches,
+                ROWS=REDUCE_ROWS,
+                BLOCK=REDUCE_BLOCK,
+                EXACT=pairs,
+                num_warps=4,
+                enable_fp_fusion=False,
+            )
+            totals.append(total)
         # The order of additions inside matrix instructions is not specified: count a whole block.
-        # 16: at most 8 halvings of a block, 6 in the second kernel, two at the end.
+        # 17: at most 8 halvings of a block, 7 in the second kernel, two at the end.
         depth = (
-            longest + triton.cdiv(stretches, FINISH_BLOCK) + 16 + (tile.BLOCK if tile.DOT else 0)
+            longest + triton.cdiv(stretches, REDUCE_BLOCK) + 17 + (tile.BLOCK if tile.DOT else 0)
         )
         finish_kernel[(m, triton.cdiv(m, FINISH_COLUMNS))](
-            sums,
-            norms,
+            *totals,
             omega,
             bound,
             gram,
             m,
             padded,
-            stretches,
             4 * ((depth + 2) * UNIT) ** 2 if exact else (depth + 1) * UNIT,
             4 * length * 2.0**-1074 if exact else 0.0,
             EXACT=exact,
             METRIC=metric,
             COLUMNS=FINISH_COLUMNS,
-            BLOCK=FINISH_BLOCK,
-            num_warps=4,
+            num_warps=1,
             enable_fp_fusion=False,
         )
     return omega, bound, gram
@@ -361,9 +379,11 @@ def samples() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]
         options = {"num_warps": constants.pop("num_warps"), "enable_fp_fusion": not exact}
         constants |= {"DTYPE": dtype, "EXACT": exact, "METRIC": metric}
         out.append((tile_kernel, pointers | integers, constants, options))
-    finish = dict.fromkeys(("sums", "norms", "omega", "bound", "metric"), "*fp64")
-    finish |= dict.fromkeys(("m", "padded", "stretches"), "i64")
-    finish |= dict.fromkeys(("factor", "underflow"), "fp64")
-    sizes = {"COLUMNS": FINISH_COLUMNS, "BLOCK": FINISH_BLOCK, "METRIC": True}
     options = {"num_warps": 4, "enable_fp_fusion": False}
-    return out + [(finish_kernel, finish, sizes | {"EXACT": e}, options) for e in (False, True)]
+    reduce = {"x": "*fp64", "out": "*fp64", "rows": "i64", "stretches": "i64"}
+    sizes = {"ROWS": REDUCE_ROWS, "BLOCK": REDUCE_BLOCK}
+    out += [(reduce_kernel, reduce, sizes | {"EXACT": e}, options) for e in (False, True)]
+    finish = dict.fromkeys(("sums", "norms", "omega", "bound", "metric"), "*fp64")
+    finish |= {"m": "i64", "padded": "i64", "factor": "fp64", "underflow": "fp64"}
+    constants = {"EXACT": True, "METRIC": True, "COLUMNS": FINISH_COLUMNS}
+    return [*out, (finish_kernel, finish, constants, options | {"num_warps": 1})]

@@ -1,0 +1,485 @@
+"""Checks of the Triton kernels, run by test_triton_interpreter.py in a process of its own.
+
+`TRITON_INTERPRET=1` must be set before triton is imported, so pytest does not collect this file by
+itself. On a machine with a GPU, `pytest tests/triton_cases.py` runs the same checks on it.
+
+The rule: a kernel's error against the reference in fp64 is at most four times that of the reference
+in the working dtype, plus two units in the last place of the largest number. The interpreter
+truncates where fp32 is stored as bf16 (a GPU rounds to nearest): there, and only there, one more
+unit in the last place of bf16 is allowed for each element stored.
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from torch import Tensor
+
+triton = pytest.importorskip("triton")
+
+INTERPRETING = bool(triton.knobs.runtime.interpret)
+if not INTERPRETING and not torch.cuda.is_available():
+    pytest.skip("no GPU, and TRITON_INTERPRET is not set", allow_module_level=True)
+DEVICE = torch.device("cpu" if INTERPRETING else "cuda")
+on_gpu_only = pytest.mark.skipif(INTERPRETING, reason="needs a GPU")
+
+from gti_kernels.reference import kinetic_energy as ref_energy  # noqa: E402
+from gti_kernels.reference import leapfrog as ref_leapfrog  # noqa: E402
+from gti_kernels.reference import power_iteration as ref_power  # noqa: E402
+from gti_kernels.reference import two_form as ref_form  # noqa: E402
+from gti_kernels.triton_kernels import kinetic_energy as energy  # noqa: E402
+from gti_kernels.triton_kernels import leapfrog, power_iteration, two_form  # noqa: E402
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+BLOCK = leapfrog.BLOCK
+SIZES = [1, 0, 7, BLOCK, BLOCK + 1, 2 * BLOCK - 1, 3 * BLOCK]
+
+
+def normal(shape: tuple[int, ...] | int, dtype: torch.dtype, seed: int) -> Tensor:
+    g = torch.Generator().manual_seed(seed)
+    shape = (shape,) if isinstance(shape, int) else shape
+    return torch.randn(shape, generator=g, dtype=torch.float64).to(dtype).to(DEVICE)
+
+
+def normals(sizes: list[int], dtypes: list[torch.dtype], seed: int) -> list[Tensor]:
+    return [normal(n, dtypes[i % len(dtypes)], 1000 * seed + i) for i, n in enumerate(sizes)]
+
+
+def copies(xs: list[Tensor]) -> list[Tensor]:
+    return [x.clone() for x in xs]
+
+
+def doubles(xs: list) -> list:
+    return [x.double() if isinstance(x, Tensor) else x for x in xs]
+
+
+def check_stored(got: list[Tensor], working: list[Tensor], exact: list[Tensor]) -> None:
+    for g, w, e in zip(got, working, exact, strict=True):
+        if g.numel() == 0:
+            continue
+        eps = torch.finfo(g.dtype).eps
+        limit = 4 * (w.double() - e).abs().max() + 2 * eps * e.abs().max()
+        if INTERPRETING and g.dtype == torch.bfloat16:
+            limit = limit + eps * e.abs()
+        assert ((g.double() - e).abs() <= limit).all()
+
+
+# --- leapfrog, kinetic_energy ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mass", ["numbers", "tensors"])
+@pytest.mark.parametrize("dtype", [*DTYPES, "mixed"], ids=str)
+def test_leapfrog_parity(dtype: torch.dtype | str, mass: str) -> None:
+    dtypes = DTYPES if dtype == "mixed" else [dtype]
+    q, p, g, w = (normals(SIZES, dtypes, seed) for seed in range(4))
+    inv_mass = [0.1 + 0.3 * i for i in range(len(SIZES))] if mass == "numbers" else w
+    for kick, drift, damp in ((0.1, 0.3, 1.0), (-0.7, -0.2, 0.9)):
+        runs = []
+        for op, wide in ((leapfrog, False), (ref_leapfrog, False), (ref_leapfrog, True)):
+            cast = doubles if wide else list
+            a = [cast(copies(x)) for x in (q, p)]
+            b = [cast(copies(x)) for x in (q, p)]
+            gs, ms = cast(g), cast(inv_mass)
+            op.kick_(a[1], gs, kick, damp)
+            op.drift_(a[0], a[1], drift, ms)
+            k = op.kick_drift_(*b, gs, kick, drift, ms, damp)
+            runs.append((*a[0], *a[1], *b[0], *b[1]))
+            if op is leapfrog:
+                stored, energy_of_stored = b[1], k
+        check_stored(*map(list, runs))
+        # The energy is that of the p in memory, so it does not share the tolerance of the step.
+        assert energy_of_stored.shape == () and energy_of_stored.dtype == torch.float64
+        expected = ref_energy.kinetic_energy(stored, inv_mass)
+        total = ref_energy.kinetic_energy(stored, [1.0] * len(stored))
+        assert abs(energy_of_stored - expected) <= 1e-13 * total
+        assert abs(energy.kinetic_energy(stored, inv_mass) - expected) <= 1e-13 * total
+
+
+def test_leapfrog_leaves_the_rest_of_memory_alone() -> None:
+    """Views that start off a 16-byte boundary, with guards on both sides."""
+    sizes = [1, BLOCK - 1, BLOCK, BLOCK + 5]
+    q, p, g = (normal(sum(sizes) + 20, torch.float32, seed) for seed in range(3))
+    before_q, before_p, before_g = q.clone(), p.clone(), g.clone()
+    inside = torch.zeros(q.numel(), dtype=torch.bool, device=DEVICE)
+    views: list[list[Tensor]] = [[], [], []]
+    start = 1
+    for n in sizes:
+        for view, x in zip(views, (q, p, g), strict=True):
+            view.append(x[start : start + n])
+        inside[start : start + n] = True
+        start += n + 3
+    leapfrog.kick_drift_(*views, 0.5, 0.25, [1.0] * len(sizes), 0.75)
+    assert torch.equal(g, before_g)
+    for x, before in ((q, before_q), (p, before_p)):
+        assert torch.equal(x[~inside], before[~inside])
+        assert not (x[inside] == before[inside]).any()
+
+
+def test_leapfrog_scalars_are_fp64() -> None:
+    """0.1 as fp32 is off by 1.5e-9: fp64 tensors must not see that."""
+    for scalar in (0.1, 1 / 3, 1e-60, -1e-3):
+        p, g = normal(9, torch.float64, 0), normal(9, torch.float64, 1)
+        q = torch.zeros_like(p)
+        expected = -scalar * g
+        got = torch.zeros_like(p)
+        leapfrog.kick_([got], [g], scalar, 1.0)
+        assert torch.allclose(got, expected, rtol=1e-15, atol=0)
+        leapfrog.drift_([q], [p], scalar, [1 / 7])
+        assert torch.allclose(q, scalar * p / 7, rtol=1e-15, atol=0)
+        got = p.clone()
+        leapfrog.kick_([got], [g], 0.0, scalar)
+        assert torch.allclose(got, scalar * p, rtol=1e-15, atol=0)
+
+
+def test_long_and_empty_lists() -> None:
+    sizes = [1 + i % 3 for i in range(300)]
+    q, p, g = (normals(sizes, [torch.float64], seed) for seed in range(3))
+    mass = [1.0 + i for i in range(300)]
+    a, b = (copies(q), copies(p)), (copies(q), copies(p))
+    k = leapfrog.kick_drift_(*a, g, 0.1, 0.2, mass, 0.9)
+    expected = ref_leapfrog.kick_drift_(*b, g, 0.1, 0.2, mass, 0.9)
+    for x, y in zip((*a[0], *a[1]), (*b[0], *b[1]), strict=True):
+        assert torch.allclose(x, y, rtol=1e-14, atol=1e-14)
+    assert math.isclose(k, expected, rel_tol=1e-13)
+    empty = [torch.empty(0, device=DEVICE)]
+    assert leapfrog.kick_drift_(empty, empty, empty, 0.1, 0.1, [1.0], 1.0) == 0
+    assert energy.kinetic_energy([], []) == 0
+    leapfrog.kick_([], [], 0.1, 1.0)
+
+
+def test_energy_of_many_blocks_twice() -> None:
+    """More partial sums than one program of the second kernel adds up; the same bits twice."""
+    from gti_kernels.triton_kernels.ragged import SUM_BLOCK, SUM_ROUNDS, fixed_sum
+
+    n = SUM_BLOCK * SUM_ROUNDS + 3
+    x = normal(n, torch.float64, 0)
+    total = fixed_sum(x)
+    assert abs(total - x.sum()) <= 1e-13 * x.abs().sum()
+    assert torch.equal(total, fixed_sum(x.clone()))
+    p = normals([5 * energy.BLOCK + 1, 3], [torch.float32], 0)
+    assert torch.equal(energy.kinetic_energy(p, [0.3, 2.0]), energy.kinetic_energy(p, [0.3, 2.0]))
+
+
+# --- two_form -------------------------------------------------------------------------------------
+
+
+def tangents(m: int, sizes: list[int], dtypes: list[torch.dtype], seed: int) -> list[Tensor]:
+    return [normal((m, n), dtypes[t % len(dtypes)], 100 * seed + t) for t, n in enumerate(sizes)]
+
+
+def check_form(dq: list[Tensor], dp: list[Tensor], metric: bool = True) -> None:
+    omega, bound, gram = two_form.two_form(dq, dp, metric)
+    exact, _, exact_gram = ref_form.two_form(dq, dp, True)
+    norm = exact_gram.diagonal().sqrt()
+    assert torch.equal(omega, -omega.T) and not omega.diagonal().any()
+    assert ((omega - exact).abs() <= bound).all()
+    fine = 1e-15 if dq[0].dtype == torch.float64 else 5e-14
+    assert (bound <= fine * torch.outer(norm, norm)).all()
+    assert (gram is None) == (not metric)
+    if gram is not None:
+        assert torch.equal(gram, gram.T)
+        assert ((gram - exact_gram).abs() <= fine * torch.outer(norm, norm)).all()
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 5, 16, 17, 40])
+def test_two_form_parity(m: int) -> None:
+    few = [1, 0, 33] if m >= 16 else [1, 0, 130, 300]
+    check_form(tangents(m, few, [torch.float32], 1), tangents(m, few, [torch.float32], 2))
+    few = [9] if m >= 16 else few
+    check_form(tangents(m, few, [torch.float64], 1), tangents(m, few, [torch.float64], 2), m < 40)
+
+
+@pytest.mark.parametrize("dtypes", [DTYPES, DTYPES[1:], [torch.bfloat16], [torch.float16]], ids=str)
+def test_two_form_mixed(dtypes: list[torch.dtype]) -> None:
+    sizes = [5, 260, 1, 64]
+    check_form(tangents(3, sizes, dtypes, 1), tangents(3, sizes, dtypes, 2), metric=False)
+
+
+@pytest.mark.parametrize(
+    "dtype, m, sizes",
+    [
+        (torch.float32, 2, [4_000, 3]),  # several blocks a program
+        (torch.float32, 4, [1 + i % 2 for i in range(40)]),  # several tensors a program
+        (torch.float64, 4, [1 + i % 2 for i in range(40)]),
+        (torch.float64, 2, [2_000, 3]),
+        (torch.bfloat16, 7, [200, 100]),
+        (torch.float16, 33, [40]),
+    ],
+    ids=str,
+)
+def test_two_form_of_integers_is_bitwise(dtype: torch.dtype, m: int, sizes: list[int]) -> None:
+    g = torch.Generator().manual_seed(0)
+    dq, dp = (
+        [torch.randint(-9, 10, (m, n), generator=g).to(dtype).to(DEVICE) for n in sizes]
+        for _ in "qp"
+    )
+    q, p = torch.cat(dq, 1).double(), torch.cat(dp, 1).double()
+    for metric in (False, True) if m < 33 else (True,):
+        omega, _, gram = two_form.two_form(dq, dp, metric)
+        assert torch.equal(omega, q @ p.T - p @ q.T)
+        if gram is not None:
+            assert torch.equal(gram, q @ q.T + p @ p.T)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("m", [3, 6])
+def test_two_form_twice_gives_the_same_bits(m: int, dtype: torch.dtype) -> None:
+    dq, dp = tangents(m, [600, 7], [dtype], 1), tangents(m, [600, 7], [dtype], 2)
+    first, second = two_form.two_form(dq, dp, True), two_form.two_form(copies(dq), dp, True)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_two_form_sums_in_several_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with more partial sums than one round of the second kernel takes."""
+    monkeypatch.setattr(two_form, "REDUCE_BLOCK", 2)
+    for dtype in (torch.float32, torch.float64):
+        check_form(tangents(2, [3_100], [dtype], 1), tangents(2, [3_100], [dtype], 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("m", [3, 6])
+def test_two_form_bound_holds_where_all_cancels(dtype: torch.dtype, m: int) -> None:
+    """dp = S dq with S diagonal has Ω = 0, and products that range over 40 decimal orders."""
+    n = 150
+    scale = 10.0 ** torch.linspace(-10, 10, n, dtype=torch.float64)
+    dq = (normal((m, n), torch.float64, 0).cpu() * scale).to(dtype)
+    dp = (dq * torch.linspace(-1, 1, n, dtype=dtype)).to(dtype)
+    omega, bound, _ = two_form.two_form([dq.to(DEVICE)], [dp.to(DEVICE)], False)
+    for i in range(m):
+        for j in range(m):
+            exact = sum(
+                Fraction(a) * Fraction(b) - Fraction(c) * Fraction(d)
+                for a, b, c, d in zip(
+                    *(x.tolist() for x in (dq[i], dp[j], dp[i], dq[j])), strict=True
+                )
+            )
+            assert abs(Fraction(omega[i, j].item()) - exact) <= Fraction(bound[i, j].item())
+
+
+def test_two_form_nan_stays_in_its_row_and_column() -> None:
+    for m, dtype in ((5, torch.float32), (3, torch.float32), (3, torch.float64)):
+        for spoil_p in (False, True):
+            dq, dp = tangents(m, [50], [dtype], 1), tangents(m, [50], [dtype], 2)
+            clean, _, clean_gram = two_form.two_form(dq, dp, True)
+            (dp if spoil_p else dq)[0][1, 7] = float("nan")
+            omega, bound, gram = two_form.two_form(dq, dp, True)
+            hit = torch.zeros(m, m, dtype=torch.bool, device=DEVICE)
+            hit[1], hit[:, 1] = True, True
+            for x, y in ((omega, clean), (gram, clean_gram)):
+                assert torch.equal(x.isnan(), hit) and torch.equal(x[~hit], y[~hit])
+            assert torch.equal(bound.isnan(), hit)
+
+
+# --- power_iteration ------------------------------------------------------------------------------
+
+
+def weights(shapes: list[tuple[int, int, int]], dtypes: list[torch.dtype]) -> list[Tensor]:
+    return [normal(s, dtypes[t % len(dtypes)], 50 + t) for t, s in enumerate(shapes)]
+
+
+def run(op, ws: list[Tensor], **settings):  # type: ignore[no-untyped-def]
+    defaults = {"k": 1, "method": "cg", "max_steps": 12, "tol": 0.0, "start": None, "seed": 0}
+    return op.power_iteration(ws, **(defaults | settings))
+
+
+def check_triples(ws: list[Tensor], got, expected, exact) -> None:  # type: ignore[no-untyped-def]
+    """Parity after the same number of passes; vectors up to their common sign."""
+    for a, b in zip(got, expected, strict=True):
+        for x, y in zip(a, b, strict=True) if isinstance(a, list) else [(a, b)]:
+            assert x.shape == y.shape and x.dtype == y.dtype
+    index = 0
+    for t, w in enumerate(ws):
+        eps = torch.finfo(got[1][t].dtype).eps
+        for b in range(w.shape[0]):
+            for which in (1, 2):
+                g, x, e = (r[which][t][b, :, 0].double() for r in (got, expected, exact))
+                g, x = g * torch.sign(g @ e), x * torch.sign(x @ e)
+                assert (g - e).norm() <= 4 * (x - e).norm() + 50 * eps
+                assert abs(g.norm() - 1) <= 20 * eps
+            g, x, e = (r[0].flatten()[index] for r in (got, expected, exact))
+            assert abs(g - e) <= 4 * abs(x - e) + 20 * eps * e
+            g, e = (r[6].flatten()[index] for r in (got, exact))
+            assert (1 - 1e-15) * e <= g <= (1 + 1e-11 + 5 * eps) * e
+            g, x, e = (r[3].flatten()[index] for r in (got, expected, exact))
+            assert abs(g - e) <= 4 * abs(x - e) + 50 * eps
+            index += 1
+    assert torch.equal(got[4], expected[4])
+
+
+SHAPES = {
+    "narrow": [(2, 20, 30), (1, 130, 7), (1, 64, 64)],
+    "flat": [(1, 3, 1100), (1, 1, 90), (1, 4, 513)],
+    "wide": [(1, 40, 100), (1, 17, 300), (1, 16, 136)],
+    "line": [(1, 9, 1), (1, 1, 1), (1, 1, 5)],
+}
+
+
+@pytest.mark.parametrize("shapes", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_power_iteration_parity(shapes: str, dtype: torch.dtype) -> None:
+    ws = weights(SHAPES[shapes], [dtype])
+    passes = 4
+    settings = {"max_steps": passes, "seed": -5}
+    exact = run(ref_power, doubles(ws), **settings)
+    got = run(power_iteration, ws, **settings)
+    check_triples(ws, got, run(ref_power, ws, **settings), exact)
+    assert (got[4] == passes).all() and torch.equal(got[5], got[3][:, 0] == 0)
+
+
+def test_power_method_mixed_and_deterministic() -> None:
+    ws = weights([(1, 12, 9), (2, 5, 70), (1, 20, 8), (1, 6, 6)], DTYPES)
+    settings = {"method": "power", "max_steps": 5, "seed": 2**63 + 11}
+    got = run(power_iteration, ws, **settings)
+    exact = run(ref_power, doubles(ws), **settings)
+    check_triples(ws, got, run(ref_power, ws, **settings), exact)
+    again = run(power_iteration, ws, **settings)
+    for a, b in zip(got, again, strict=True):
+        for x, y in zip(a, b, strict=True) if isinstance(a, list) else [(a, b)]:
+            assert torch.equal(x, y)
+
+
+def test_power_iteration_converges_and_each_stops_by_itself() -> None:
+    """Known spectra: σ to the square of the residual, true residual as reported, never over σ₁."""
+    ws, tops = [], []
+    for t, s in enumerate(([1.0, 0.1, 0.01], [5.0, 4.0, 3.0, 2.0], [2.0, 2.0, 1.0], [3.0, 0.0])):
+        u, _ = torch.linalg.qr(normal((14, len(s)), torch.float64, t))
+        v, _ = torch.linalg.qr(normal((11, len(s)), torch.float64, 10 + t))
+        ws.append((u * torch.tensor(s, device=DEVICE)) @ v.T)
+        tops.append(s[0])
+    stack = [torch.stack(ws)]
+    sigma, u, v, residual, steps, converged, upper = run(
+        power_iteration, stack, tol=1e-6, max_steps=15
+    )
+    assert converged.all() and (steps < 15).all() and steps.unique().numel() > 1
+    top = torch.tensor(tops, dtype=torch.float64, device=DEVICE)
+    assert ((sigma[:, 0] - top).abs() <= 1e-10 * top).all()
+    assert (sigma[:, 0] <= top * (1 + 1e-14)).all() and (upper >= top).all()
+    w = stack[0]
+    assert torch.allclose(w @ v[0], sigma[..., None] * u[0], atol=1e-12)
+    r = w.mT @ (w @ v[0]) - sigma[..., None] ** 2 * v[0]
+    assert torch.allclose(r.norm(dim=1) / sigma**2, residual, rtol=1e-3, atol=1e-13)
+
+    near = [w + 1e-3 * normal(tuple(w.shape), torch.float64, 99)]
+    expected = run(ref_power, near, tol=1e-6, max_steps=15, start=v)
+    warm = run(power_iteration, near, tol=1e-6, max_steps=15, start=v)
+    assert warm[5][:2].all() and (warm[4][:2] <= steps[:2]).all() and warm[4][1] < steps[1]
+    check_triples(near, warm, expected, expected)
+    assert torch.equal(warm[5], expected[5])
+
+
+def test_power_iteration_of_zero_nan_and_extreme_items() -> None:
+    ws = [
+        torch.zeros(1, 4, 5),
+        torch.stack([normal((3, 3), torch.float32, 1).cpu(), torch.full((3, 3), float("inf"))]),
+        normal((1, 6, 80), torch.float32, 2).cpu() * 1e30,
+        normal((1, 6, 8), torch.float32, 3).cpu() * 1e-30,
+        normal((1, 6, 8), torch.float64, 4).cpu() * 1e200,
+        torch.full((1, 5, 7), 60000.0, dtype=torch.float16),
+        torch.full((1, 5, 7), 1e-45),
+        torch.full((1, 2, 3), float("nan"), dtype=torch.float64),
+        torch.zeros(0, 3, 3),
+    ]
+    ws = [w.to(DEVICE) for w in ws]
+    ws[1][1, 0, 0] = 1.0
+    sigma, u, v, residual, steps, converged, upper = run(power_iteration, ws, tol=1e-5, max_steps=9)
+    assert [x.shape for x in u] == [(w.shape[0], w.shape[1], 1) for w in ws]
+    bad = [2, 8]
+    for i in range(9):
+        finite = [x[i].isfinite().all().item() for x in (sigma, residual, upper)]
+        assert finite == [i not in bad] * 3 and converged[i].item() == (i not in bad)
+    assert steps[bad].tolist() == [0, 0]
+    assert u[1][1].isnan().all() and v[1][1].isnan().all() and u[7].isnan().all()
+    assert sigma[0] == 0 and residual[0] == 0 and upper[0] == 0 and steps[0] == 1
+    assert abs(u[0].norm() - 1) < 1e-6 and abs(v[0].norm() - 1) < 1e-6
+    top = [torch.linalg.svdvals(w.cpu().double())[..., 0].item() for w in (ws[2], ws[3], ws[4])]
+    for i, s in zip((3, 4, 5), top, strict=True):
+        assert math.isclose(sigma[i].item(), s, rel_tol=1e-5) and upper[i] >= s * (1 - 1e-12)
+    assert math.isclose(sigma[6].item(), 60000 * math.sqrt(35), rel_tol=1e-3)
+    smallest = torch.finfo(torch.float32).tiny * torch.finfo(torch.float32).eps
+    assert math.isclose(sigma[7].item(), smallest * math.sqrt(35), rel_tol=1e-5)
+
+
+def test_power_iteration_starts_as_the_reference_does() -> None:
+    """One pass: v is the normalised start, from the counter or given; a useless one is replaced."""
+    ws = weights([(2, 3, 70), (1, 5, 9)], [torch.float64])
+    for seed in (0, 12345678901234567890, -1):
+        got = run(power_iteration, ws, max_steps=1, seed=seed)
+        index = 0
+        for t, w in enumerate(ws):
+            for b in range(w.shape[0]):
+                x = ref_power.start_vectors(seed, index, w.shape[2], 1, DEVICE).double()
+                assert torch.allclose(got[2][t][b], x / x.norm(), rtol=1e-15, atol=1e-16)
+                index += 1
+    start = [torch.zeros(2, 70, 1, dtype=torch.float64, device=DEVICE)]
+    start[0][1, 3] = -2.0
+    got = run(power_iteration, ws[:1], max_steps=1, start=start)
+    expected = run(ref_power, ws[:1], max_steps=1, start=start)
+    assert torch.allclose(got[2][0].abs(), expected[2][0].abs(), rtol=1e-15, atol=1e-16)
+    empty = run(power_iteration, [torch.zeros(0, 3, 4, device=DEVICE)])
+    assert empty[0].shape == (0, 1) and empty[1][0].shape == (0, 3, 1) and empty[4].shape == (0,)
+    with pytest.raises(ValueError, match="k = 2"):
+        run(power_iteration, ws, k=2)
+
+
+# --- on a GPU only --------------------------------------------------------------------------------
+
+
+@on_gpu_only
+def test_graph_capture() -> None:
+    q, p, g = (normals([5000, 3], [torch.float32], seed) for seed in range(3))
+    dq, dp = tangents(4, [900], [torch.float32], 1), tangents(4, [900], [torch.float32], 2)
+    ws = weights([(2, 40, 60)], [torch.float32])
+
+    def work():  # type: ignore[no-untyped-def]
+        k = leapfrog.kick_drift_(q, p, g, 0.1, 0.2, [1.0, 2.0], 0.9)
+        return k, two_form.two_form(dq, dp, True)[0], run(power_iteration, ws)[0]
+
+    work()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = work()
+    saved = copies([*q, *p])
+    for x in (*dq, *ws):
+        x.mul_(1.5)
+    graph.replay()
+    got = [x.clone() for x in out]
+    for x, y in zip([*q, *p], saved, strict=True):
+        x.copy_(y)
+    for a, b in zip(got, work(), strict=True):
+        assert torch.equal(a, b)
+    fresh = [torch.ones(4, device=DEVICE)]
+    with pytest.raises(RuntimeError, match="before the capture"), torch.cuda.graph(graph):
+        leapfrog.kick_(fresh, fresh, 0.1, 1.0)
+
+
+@on_gpu_only
+def test_no_host_sync() -> None:
+    p, g = normals([5000], [torch.float32], 0), normals([5000], [torch.float32], 1)
+    ws = weights([(2, 40, 60)], [torch.float32])
+    run(power_iteration, ws)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        leapfrog.kick_drift_(p, copies(p), g, 0.1, 0.1, [1.0], 1.0)
+        two_form.two_form([ws[0][0]], [ws[0][1]], True)
+        run(power_iteration, ws)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@on_gpu_only
+def test_more_than_2_to_31_elements() -> None:
+    n = 2**31 + 5 * BLOCK + 3
+    if torch.cuda.mem_get_info()[0] < 6 * n:
+        pytest.skip("needs 13 GB of GPU memory")
+    p = torch.ones(n, dtype=torch.bfloat16, device=DEVICE)
+    leapfrog.kick_([p], [p.clone()], 0.5, 1.0)
+    assert p[0] == 0.5 and p[-1] == 0.5 and p[2**31] == 0.5
+    assert energy.kinetic_energy([p], [1.0]) == n / 8
+    m = 2
+    x = p.view(-1)[: n - n % m].view(m, -1)
+    omega, _, gram = two_form.two_form([x], [x], True)
+    assert not omega.any() and (gram == x.shape[1] / 2).all()
