@@ -2,9 +2,9 @@
 
 Three families, each a plain function on tensors: singular values of many weights
 (`power_iteration`, `top_singular_values`), in-place symplectic steps (`kick_`, `drift_`,
-`kick_drift_`, `kinetic_energy`, `leapfrog_`) and the symplectic 2-form (`two_form`). On top of them the
-probes and the certificate (`HamiltonianSystem`, `round_trip`, `omega_invariance`, `energy_drift`,
-`certify`). `explain`, `available` and `build_info` tell what runs where.
+`kick_drift_`, `kinetic_energy`, `leapfrog_`) and the symplectic 2-form (`two_form`). On top of them
+the probes and the certificate (`HamiltonianSystem`, `round_trip`, `omega_invariance`,
+`energy_drift`, `certify`). `explain`, `available` and `build_info` tell what runs where.
 """
 
 __version__ = "0.1.0"

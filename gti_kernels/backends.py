@@ -1,7 +1,8 @@
 """Which backend runs a call, and why: `available`, `choose`, `explain`, `build_info`.
 
-Nothing here depends on an environment variable, and nothing is replaced after import. TRITON_INTERPRET
-is Triton's own: with it, Triton kernels run on CPU tensors too, when they are asked for by name.
+Nothing here depends on an environment variable, and nothing is replaced after import.
+TRITON_INTERPRET is Triton's own: with it, Triton kernels run on CPU tensors too, when they are
+asked for by name.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ NAMES = ("auto", "reference", "cpu", "triton", "cuda")
 
 
 def _load_compiled() -> tuple[ModuleType | None, str]:
-    """The compiled module, or None and the reason. torch is imported first: its OpenMP serves both."""
+    """The compiled module, or None and the reason. torch is imported first: its OpenMP serves
+    both."""
     try:
         module = importlib.import_module("gti_kernels._compiled")
     except ImportError as error:
@@ -113,7 +115,8 @@ def choose(op: str, device: torch.device, backend: str, limits: dict[str, str]) 
 
 
 def preference(op: str, device: torch.device, limits: dict[str, str]) -> Explanation:
-    """The first backend of the op's row that can run the call, and the reasons of those before it."""
+    """The first backend of the op's row that can run the call, and the reasons of those before
+    it."""
     passed_over: dict[str, str] = {}
     chosen = ""
     for name in BY_NAME[op].backends:

@@ -30,5 +30,6 @@ def symplectic_matrix(n: int, *, dtype: torch.dtype = torch.float64) -> Tensor:
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of arithmetic on elements of `dtype`: fp32 for bf16, fp16 and fp32, fp64 for fp64."""
+    """The dtype of arithmetic on elements of `dtype`: fp32 for bf16, fp16 and fp32, fp64 for
+    fp64."""
     return torch.float64 if dtype == torch.float64 else torch.float32

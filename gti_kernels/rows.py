@@ -88,3 +88,18 @@ BUILT = frozenset(
     for stem in ("power_iteration", "leapfrog", "kinetic_energy", "two_form")
     for backend in ("triton", "cpu", "reference")
 )
+
+
+def table() -> str:
+    """The README's table op × backend × dtype, in Markdown."""
+    backends = ("reference", "cpu", "triton", "cuda")
+    short = {"float64": "fp64", "float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+    lines = [
+        "| op | " + " | ".join(backends) + " | derivative |",
+        "|---|" + "---|" * (len(backends) + 1),
+    ]
+    for row in ROWS:
+        dtypes = " ".join(short[d] for d in row.dtypes)
+        cells = [dtypes if (row.stem, b) in BUILT else "—" for b in backends]
+        lines.append(f"| `{row.name}` | " + " | ".join(cells) + f" | {row.differentiable} |")
+    return "\n".join(lines)

@@ -1,9 +1,10 @@
 """Samples of every op, and the one rule by which a kernel is right.
 
-The truth is the reference in float64 on the very inputs of the kernel. A kernel's error against it may
-be at most `MULTIPLE` times the error of the reference in the working dtype, plus `FLOOR` roundings of the
-largest value. (The error of the reference in float64 is taken from float32, scaled by the ratio of the
-roundings: it has no truth above it.) Where an op returns an error bound of its own (two_form), that bound is the rule instead.
+The truth is the reference in float64 on the very inputs of the kernel. A kernel's error against it
+may be at most `MULTIPLE` times the error of the reference in the working dtype, plus `FLOOR`
+roundings of the largest value. (The error of the reference in float64 is taken from float32, scaled
+by the ratio of the roundings: it has no truth above it.) Where an op returns an error bound of its
+own (two_form), that bound is the rule instead.
 
 >>> from gti_kernels import testing
 >>> all(c.error <= c.bound for c in testing.compare("kick_", "float32", "reference"))
@@ -107,7 +108,9 @@ def _two_form_samples() -> list[Sample]:
     ) -> Callable[[torch.dtype, str], tuple[list[Any], dict[str, Any]]]:
         def arguments_of(dtype: torch.dtype, device: str) -> tuple[list[Any], dict[str, Any]]:
             dq = [numbers(m, n, dtype=dtype, device=device, seed=i) for i, n in enumerate(sizes)]
-            dp = [numbers(m, n, dtype=dtype, device=device, seed=50 + i) for i, n in enumerate(sizes)]
+            dp = [
+                numbers(m, n, dtype=dtype, device=device, seed=50 + i) for i, n in enumerate(sizes)
+            ]
             return [dq, dp], {"metric": metric}
 
         return arguments_of
@@ -171,7 +174,9 @@ def _call(op: str, args: list[Any], kwargs: dict[str, Any], backend: str) -> dic
 
 
 def _largest(x: Any) -> float:
-    parts = [t.double().abs().max().item() for t in (x if isinstance(x, list) else [x]) if t.numel()]
+    parts = [
+        t.double().abs().max().item() for t in (x if isinstance(x, list) else [x]) if t.numel()
+    ]
     return max(parts, default=0.0)
 
 

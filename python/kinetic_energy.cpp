@@ -10,8 +10,7 @@ static py::object py_kinetic_energy(py::handle p, py::handle inv_mass, bool reco
                                     int threads) {
   std::vector<View> ps;
   InvMass mass;
-  if (!views_of(p, ps, recording) || !inv_mass_of(inv_mass, ps, mass, recording))
-    return py::none();
+  if (!views_of(p, ps, recording) || !inv_mass_of(inv_mass, ps, mass, recording)) return py::none();
   std::vector<KineticEnergyItem> items(ps.size());
   for (size_t i = 0; i < ps.size(); ++i) {
     if (!is_dense(ps[i])) return py::none();
@@ -21,8 +20,6 @@ static py::object py_kinetic_energy(py::handle p, py::handle inv_mass, bool reco
       without_gil(ps, [&] { return kinetic_energy(items.data(), items.size(), threads); }));
 }
 
-void bind_kinetic_energy(py::module_& module) {
-  module.def("kinetic_energy", &py_kinetic_energy);
-}
+void bind_kinetic_energy(py::module_& module) { module.def("kinetic_energy", &py_kinetic_energy); }
 
 }  // namespace gti

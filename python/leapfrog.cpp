@@ -40,14 +40,12 @@ struct Call {
   }
 };
 
-bool py_kick(py::handle p, py::handle grad, double step, double damp, bool recording,
-             int threads) {
+bool py_kick(py::handle p, py::handle grad, double step, double damp, bool recording, int threads) {
   Call call;
   if (!(std::isfinite(step) && std::isfinite(damp)) || !call.read({}, p, grad, {}, recording) ||
       !disjoint({&call.p}, {&call.grad}))
     return false;
-  without_gil(call.p,
-              [&] { kick(call.items.data(), call.items.size(), step, damp, threads); });
+  without_gil(call.p, [&] { kick(call.items.data(), call.items.size(), step, damp, threads); });
   return true;
 }
 

@@ -11,17 +11,14 @@ namespace gti {
 // matrices; counts: address of int64 [M]; flags: address of bool [M]. Written:
 // u, v, numbers, counts, flags. False where the tensors are not what the kernel
 // takes: then nothing has been touched.
-static bool py_power_iteration(const py::list& weights, bool batched,
-                               const py::list& u, const py::list& v,
-                               const py::list& start, const py::object& numbers,
-                               intptr_t counts, intptr_t flags,
-                               const std::string& method, int64_t max_steps,
-                               double tol, uint64_t seed, int threads) {
+static bool py_power_iteration(const py::list& weights, bool batched, const py::list& u,
+                               const py::list& v, const py::list& start, const py::object& numbers,
+                               intptr_t counts, intptr_t flags, const std::string& method,
+                               int64_t max_steps, double tol, uint64_t seed, int threads) {
   std::vector<View> ws, us, vs, starts;
   View all;
-  if (!views_of(weights, ws) || !views_of(u, us) || !views_of(v, vs) ||
-      !views_of(start, starts) || !view_of(numbers, all) ||
-      all.dtype != DType::f64)
+  if (!views_of(weights, ws) || !views_of(u, us) || !views_of(v, vs) || !views_of(start, starts) ||
+      !view_of(numbers, all) || all.dtype != DType::f64)
     return false;
   if (us.size() != ws.size() || vs.size() != ws.size() ||
       (!starts.empty() && starts.size() != ws.size()))
@@ -49,8 +46,7 @@ static bool py_power_iteration(const py::list& weights, bool batched,
     const auto [batch, m, n] = sizes[i];
     const DType compute = w.dtype == DType::f64 ? DType::f64 : DType::f32;
     const auto fits = [compute, count = batch](const View& x, int64_t length) {
-      return x.dtype == compute && x.count == count * length &&
-             is_contiguous(x);
+      return x.dtype == compute && x.count == count * length && is_contiguous(x);
     };
     if (!is_contiguous(w) || !fits(us[i], m) || !fits(vs[i], n) ||
         (!starts.empty() && !fits(starts[i], n)))
@@ -72,8 +68,7 @@ static bool py_power_iteration(const py::list& weights, bool batched,
   }
   const auto how = method == "power" ? PowerMethod::power : PowerMethod::cg;
   py::gil_scoped_release release;
-  power_iteration(items.data(), items.size(), how, max_steps, tol, seed,
-                  threads);
+  power_iteration(items.data(), items.size(), how, max_steps, tol, seed, threads);
   return true;
 }
 

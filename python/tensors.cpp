@@ -52,10 +52,9 @@ bool is_true(PyObject* object) {
 }  // namespace
 
 void set_tensor_types(const py::tuple& types) {
-  auto capsule = py::reinterpret_borrow<py::capsule>(
-      types[0].attr("__dlpack_c_exchange_api__"));
-  auto* found = static_cast<ExchangeTable*>(
-      PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  auto capsule = py::reinterpret_borrow<py::capsule>(types[0].attr("__dlpack_c_exchange_api__"));
+  auto* found =
+      static_cast<ExchangeTable*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
   while (found && found->major != kMajor) found = found->previous;
   if (!found || !found->tensor_from_object)
     throw py::import_error("this torch publishes no DLPack 1 exchange table");
@@ -125,8 +124,7 @@ py::object scalar_tensor(double value) {
 bool is_contiguous(const View& view) {
   int64_t expected = 1;
   for (int32_t d = view.ndim - 1; d >= 0; --d) {
-    if (view.shape[d] != 1 && view.strides[d] != expected)
-      return view.count == 0;
+    if (view.shape[d] != 1 && view.strides[d] != expected) return view.count == 0;
     expected *= view.shape[d];
   }
   return true;
@@ -149,9 +147,7 @@ bool is_dense(const View& view) {
 bool same_layout(const View& a, const View& b) {
   if (a.dtype != b.dtype || a.ndim != b.ndim) return false;
   for (int32_t d = 0; d < a.ndim; ++d)
-    if (a.shape[d] != b.shape[d] ||
-        (a.shape[d] != 1 && a.strides[d] != b.strides[d]))
-      return false;
+    if (a.shape[d] != b.shape[d] || (a.shape[d] != 1 && a.strides[d] != b.strides[d])) return false;
   return true;
 }
 
@@ -169,10 +165,8 @@ bool disjoint(const std::vector<const std::vector<View>*>& written,
       if (!v.count) continue;
       const char* end = v.data + v.bytes;
       // The last written range that begins before this one ends.
-      auto next =
-          std::lower_bound(ranges.begin(), ranges.end(), Range(end, nullptr));
-      if (next != ranges.begin() && std::prev(next)->second > v.data)
-        return false;
+      auto next = std::lower_bound(ranges.begin(), ranges.end(), Range(end, nullptr));
+      if (next != ranges.begin() && std::prev(next)->second > v.data) return false;
     }
   return true;
 }

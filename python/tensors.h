@@ -39,8 +39,8 @@ struct View {
 // read here.
 void set_tensor_types(const py::tuple& types);
 
-// Fills `view`; false where the object is no plain CPU tensor of fp64, fp32, bf16 or fp16, is a lazily
-// negated view, or (with `recording`) requires grad.
+// Fills `view`; false where the object is no plain CPU tensor of fp64, fp32, bf16 or fp16, is a
+// lazily negated view, or (with `recording`) requires grad.
 bool view_of(py::handle object, View& view, bool recording = false);
 
 // One view for each object of a list, or one for a single tensor; false as above.

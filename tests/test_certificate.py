@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from gti_kernels.models.mlp import MLP
+from gti_kernels.probes import certificate as certificate_module
 from gti_kernels.probes import experiment
 from gti_kernels.probes.certificate import PROBES, Certificate, Thresholds, certify
 from gti_kernels.probes.certificate_text import short
@@ -68,6 +69,23 @@ def test_rows_show_the_largest_error_of_the_seeds(group):
         for probe in PROBES:
             runs = [run for run in group.runs if run.dt == row.dt]
             assert row.value[probe] == max(run.value(probe) for run in runs)
+
+
+def test_each_seed_starts_at_another_batch(monkeypatch):
+    firsts = []
+
+    class Recorded(certificate_module.HamiltonianSystem):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            firsts.append((self.seed, len(self.batches), float(self.batches[0][0].sum())))
+
+    monkeypatch.setattr(certificate_module, "HamiltonianSystem", Recorded)
+    small("none", seeds=2, dts=(0.01,))
+    (_, _, zero), *rest = firsts
+    windows = {(seed, count): first for seed, count, first in rest}
+    assert windows.keys() == {(0, 4), (0, 1), (1, 4), (1, 1)}
+    assert windows[0, 4] == windows[0, 1] == zero
+    assert windows[1, 4] == windows[1, 1] != zero
 
 
 @pytest.mark.parametrize("probe", ["state", "energy", "epsilon", "drift"])

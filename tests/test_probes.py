@@ -324,6 +324,22 @@ def test_slope_and_interval_on_known_data():
     assert math.isnan(slope_interval([1.0], [1.0])[0])
 
 
+def test_mean_interval_on_known_data():
+    # Mean 2, standard error √(1/3), t_{0.975} of 2 degrees is 4.30265.
+    half = 4.30265272991 / math.sqrt(3)
+    assert mean_interval([1.0, 2.0, 3.0]) == pytest.approx((2.0 - half, 2.0 + half))
+    assert mean_interval([1.0]) is None
+
+
+def test_drift_and_offset_look_at_the_last_fifth(monkeypatch):
+    energies = [4.0, 9.0, -3.0, 5.0, 2.0, 7.0, 1.0, 8.0, 5.0, 5.5, 5.25]  # T = 10
+    monkeypatch.setattr(energy_drift_module, "_energies", lambda *_: energies)
+    result = energy_drift(quadratic_system(), (0.1,), 10)
+    assert result.drift == (pytest.approx((0.5 + 0.25) / 2),)  # t = 8 and 9
+    assert result.offset == (pytest.approx((5.5 + 5.25) / 2 - 4.0),)
+    assert result.energy == 4.0 and math.isnan(result.slope)
+
+
 def test_drift_of_a_fixed_potential_has_slope_three():
     """H_{t+1} − H_t = −dt² (G_{t+1} − G_t): third order, on nearly the same arc."""
     result = energy_drift(quadratic_system(batches=1), dts=(1e-3, 2e-3, 4e-3), steps=5)
@@ -372,6 +388,8 @@ def test_batch_statistics_leave_buffers_and_inference_energy_off():
 def test_running_statistics_break_round_trip_and_two_form_with_the_dose():
     momenta = (0.0, 0.001, 0.01, 0.1)
     model = cnn("running")
+    for layer in (layers := [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]):
+        layer.momentum = 0.2
     doses = dose_response(
         model, F.cross_entropy, images(), momenta=momenta, dt=0.05, steps=3, pairs=2
     )
@@ -380,7 +398,7 @@ def test_running_statistics_break_round_trip_and_two_form_with_the_dose():
         assert values == sorted(values) and values[-1] > 10 * values[1], response
     assert doses[0].state < 1e-6 and doses[0].epsilon < 1e-12 and doses[0].buffers == 0.0
     assert doses[1].state > 1e-5 and doses[1].epsilon > 1e-9
-    assert all(m.momentum == 0.1 for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    assert [layer.momentum for layer in layers] == [0.2] * 3
     with pytest.raises(ValueError, match="BatchNorm"):
         dose_response(cnn("group"), F.cross_entropy, images())
 

@@ -13,7 +13,8 @@ constexpr int64_t kChunk = 16384;
 // Below this many elements a second thread costs more than it saves.
 constexpr int64_t kSerial = 65536;
 
-// Sum over items i and chunks c of f(i, first element, length), the chunks shared out among threads.
+// Sum over items i and chunks c of f(i, first element, length), the chunks shared out among
+// threads.
 template <class Item, class F>
 double sum_over_chunks(const Item* items, int64_t n_items, int threads, F&& f) {
   int64_t elements = 0;

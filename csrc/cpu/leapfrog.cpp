@@ -23,21 +23,21 @@ template <Work work, class T, class C>
 GTI_INLINE double advance(T* q, T* p, const T* grad, const T* w, const Factors<C>& f, int64_t n) {
   Vec<double, kLanes> sum = {};
   const auto step = [&](T* q_at, T* p_at, const T* g_at, const T* w_at)
-      __attribute__((always_inline)) {
-    auto p_v = load<kLanes>(p_at);
-    if constexpr (work != Work::drift) {
-      store(p_at, f.damp * p_v - f.kick * load<kLanes>(g_at));
-      p_v = load<kLanes>(p_at);  // as rounded to T
-    }
-    if constexpr (work != Work::kick) {
-      const auto velocity = w_at ? load<kLanes>(w_at) * p_v : p_v;
-      store(q_at, load<kLanes>(q_at) + f.drift * velocity);
-    }
-    if constexpr (work == Work::kick_drift) {
-      const auto p_w = widen<kLanes>(p_v);
-      sum += w_at ? widen<kLanes>(load<kLanes>(w_at)) * p_w * p_w : p_w * p_w;
-    }
-  };
+                        __attribute__((always_inline)) {
+                          auto p_v = load<kLanes>(p_at);
+                          if constexpr (work != Work::drift) {
+                            store(p_at, f.damp * p_v - f.kick * load<kLanes>(g_at));
+                            p_v = load<kLanes>(p_at);  // as rounded to T
+                          }
+                          if constexpr (work != Work::kick) {
+                            const auto velocity = w_at ? load<kLanes>(w_at) * p_v : p_v;
+                            store(q_at, load<kLanes>(q_at) + f.drift * velocity);
+                          }
+                          if constexpr (work == Work::kick_drift) {
+                            const auto p_w = widen<kLanes>(p_v);
+                            sum += w_at ? widen<kLanes>(load<kLanes>(w_at)) * p_w * p_w : p_w * p_w;
+                          }
+                        };
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes)
     step(q ? q + i : nullptr, p + i, grad ? grad + i : nullptr, w ? w + i : nullptr);

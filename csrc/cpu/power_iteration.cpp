@@ -15,9 +15,9 @@
 namespace gti {
 namespace {
 
-constexpr int64_t kSmallBytes = 768 * 1024;   // of a packed matrix: it stays in a core's L2
-constexpr int64_t kPanelBytes = 128 * 1024;   // of a packed panel of a large matrix
-constexpr int64_t kBlockBytes = 256 * 1024;   // of a block of rows with a z of its own, at least
+constexpr int64_t kSmallBytes = 768 * 1024;  // of a packed matrix: it stays in a core's L2
+constexpr int64_t kPanelBytes = 128 * 1024;  // of a packed panel of a large matrix
+constexpr int64_t kBlockBytes = 256 * 1024;  // of a block of rows with a z of its own, at least
 constexpr int64_t kMaxBlocks = 64;
 
 template <class C>
@@ -30,8 +30,9 @@ int64_t padded(int64_t n) {
 
 // ---- the pass over a panel ---------------------------------------------------------------------
 
-// Sizes of W, gathered during the first pass: the largest sum of |W| in a row, |W| by columns, ‖W‖²_F.
-// Sums run in C: their relative error, rows or columns times epsilon, is part of the bound `upper`.
+// Sizes of W, gathered during the first pass: the largest sum of |W| in a row, |W| by columns,
+// ‖W‖²_F. Sums run in C: their relative error, rows or columns times epsilon, is part of the bound
+// `upper`.
 template <class C>
 struct Sizes {
   double row = 0.0, frobenius2 = 0.0;
@@ -257,12 +258,12 @@ GTI_INLINE bool update_any(Iteration<C>& it, const Settings& set) {
 // ---- the clones --------------------------------------------------------------------------------
 
 // sizes: nullptr, or where to add the sizes of the panel.
-#define GTI_POWER_ITERATION(C)                                                                    \
-  GTI_CLONES void panel_pass(const C* w, int64_t rows, int64_t np, const C* x, C* y, C* z,        \
-                             Sizes<C>* sizes) {                                                   \
-    sizes ? panel_pass_any<true>(w, rows, np, x, y, z, sizes)                                     \
-          : panel_pass_any<false>(w, rows, np, x, y, z, sizes);                                   \
-  }                                                                                               \
+#define GTI_POWER_ITERATION(C)                                                             \
+  GTI_CLONES void panel_pass(const C* w, int64_t rows, int64_t np, const C* x, C* y, C* z, \
+                             Sizes<C>* sizes) {                                            \
+    sizes ? panel_pass_any<true>(w, rows, np, x, y, z, sizes)                              \
+          : panel_pass_any<false>(w, rows, np, x, y, z, sizes);                            \
+  }                                                                                        \
   GTI_CLONES bool update(Iteration<C>& it, const Settings& set) { return update_any(it, set); }
 GTI_POWER_ITERATION(double)
 GTI_POWER_ITERATION(float)
@@ -286,8 +287,8 @@ GTI_CLONES void pack(const f16* w, int64_t rows, int64_t n, float scale, float* 
 // Element e of the random start vector of a matrix: uniform on (−1, 1), exact in fp32; the
 // splitmix64 finaliser of seed, matrix number and e.
 float start_element(uint64_t seed, uint64_t matrix, uint64_t e) {
-  uint64_t x = seed * 0x9E3779B97F4A7C15u + matrix * 0xD1342543DE82EF95u +
-               (e + 1) * 0x94D049BB133111EBu;
+  uint64_t x =
+      seed * 0x9E3779B97F4A7C15u + matrix * 0xD1342543DE82EF95u + (e + 1) * 0x94D049BB133111EBu;
   x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
   x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
   x = x ^ (x >> 31);
@@ -340,8 +341,8 @@ struct Matrix {
   }
 
   // After the first look at W, taken at scale 1: true where its squares might leave the range of C.
-  // Then `scale` brings the largest entry near 1 and `sizes` belong to the scaled matrix, which is to
-  // be measured again; sizes.finite is false where W holds a NaN or an infinity.
+  // Then `scale` brings the largest entry near 1 and `sizes` belong to the scaled matrix, which is
+  // to be measured again; sizes.finite is false where W holds a NaN or an infinity.
   bool rescale(Sizes<C>& sizes) {
     const int safe = sizeof(C) == 8 ? 400 : 40;
     const bool in_range = sizes.row == 0.0 || std::abs(std::ilogb(sizes.row)) <= safe;
@@ -362,7 +363,7 @@ struct Matrix {
     C* v = static_cast<C*>(item.v) + index * n;
     if (!sizes.finite) {
       const double nan = std::numeric_limits<double>::quiet_NaN();
-    item.sigma[index] = item.residual[index] = item.upper[index] = nan;
+      item.sigma[index] = item.residual[index] = item.upper[index] = nan;
       std::fill(u, u + m, static_cast<C>(nan));
       std::fill(v, v + n, static_cast<C>(nan));
       item.steps[index] = 0;
@@ -379,7 +380,8 @@ struct Matrix {
     item.converged[index] = it.residual <= set.tol;
     const C* column = sizes.column.data();
     const double one = *std::max_element(column, column + it.np);
-    const double least = std::min(std::sqrt(one) * std::sqrt(sizes.row), std::sqrt(sizes.frobenius2));
+    const double least =
+        std::min(std::sqrt(one) * std::sqrt(sizes.row), std::sqrt(sizes.frobenius2));
     const double rounding = (m + it.np + 8) * std::numeric_limits<C>::epsilon();
     item.upper[index] = least * (1.0 + rounding) * inverse;
   }
@@ -472,8 +474,7 @@ void run_large(Matrix<T> matrix, const Settings& set, int threads) {
             sizes.row = std::max(sizes.row, part_sizes.row);
             sizes.frobenius2 += part_sizes.frobenius2;
             sizes.finite &= part_sizes.finite;
-            for (int64_t j = 0; j < np; ++j)
-              sizes.column.data()[j] += part_sizes.column.data()[j];
+            for (int64_t j = 0; j < np; ++j) sizes.column.data()[j] += part_sizes.column.data()[j];
           }
           measured = !matrix.rescale(sizes);
           done = !sizes.finite;
@@ -511,11 +512,12 @@ void power_iteration(const PowerIterationItem* items, int64_t n_items, PowerMeth
       task.bytes <= kSmallBytes ? run_small(matrix, set) : run_large(matrix, set, team);
     });
   };
-  // A thread a matrix needs no barriers; matrices too large to be balanced that way come first, with
-  // all threads at each.
+  // A thread a matrix needs no barriers; matrices too large to be balanced that way come first,
+  // with all threads at each.
   const int64_t count = static_cast<int64_t>(tasks.size());
   int64_t next = 0;
-  while (threads > 1 && next < count && tasks[next].bytes > std::max(kSmallBytes, total / threads)) {
+  while (threads > 1 && next < count &&
+         tasks[next].bytes > std::max(kSmallBytes, total / threads)) {
     total -= tasks[next].bytes;
     run(tasks[next++], threads);
   }

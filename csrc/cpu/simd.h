@@ -16,7 +16,8 @@
 #include "gti/common.h"
 
 // A function marked GTI_CLONES is compiled once per instruction level; the loader picks the best.
-// It is the hot loop of a kernel: what it calls must be GTI_INLINE, and it opens no parallel region.
+// It is the hot loop of a kernel: what it calls must be GTI_INLINE, and it opens no parallel
+// region.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__gnu_linux__)
 #define GTI_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else

@@ -116,17 +116,17 @@ GTI_INLINE void tile(const T* const* qi, const T* const* pi, const T* const* qj,
     }
 }
 
-#define GTI_TWO_FORM_TILES(T)                                                                    \
-  GTI_CLONES void diagonal_tile(const T* const* q, const T* const* p, int64_t n, bool metric,    \
-                                Pair* o, Pair* g, int64_t ld) {                                  \
-    metric ? tile<true, true, T>(q, p, q, p, n, o, g, ld)                                        \
-           : tile<true, false, T>(q, p, q, p, n, o, g, ld);                                      \
-  }                                                                                              \
-  GTI_CLONES void off_diagonal_tile(const T* const* qi, const T* const* pi, const T* const* qj,  \
-                                    const T* const* pj, int64_t n, bool metric, Pair* o,         \
-                                    Pair* g, int64_t ld) {                                       \
-    metric ? tile<false, true, T>(qi, pi, qj, pj, n, o, g, ld)                                   \
-           : tile<false, false, T>(qi, pi, qj, pj, n, o, g, ld);                                 \
+#define GTI_TWO_FORM_TILES(T)                                                                     \
+  GTI_CLONES void diagonal_tile(const T* const* q, const T* const* p, int64_t n, bool metric,     \
+                                Pair* o, Pair* g, int64_t ld) {                                   \
+    metric ? tile<true, true, T>(q, p, q, p, n, o, g, ld)                                         \
+           : tile<true, false, T>(q, p, q, p, n, o, g, ld);                                       \
+  }                                                                                               \
+  GTI_CLONES void off_diagonal_tile(const T* const* qi, const T* const* pi, const T* const* qj,   \
+                                    const T* const* pj, int64_t n, bool metric, Pair* o, Pair* g, \
+                                    int64_t ld) {                                                 \
+    metric ? tile<false, true, T>(qi, pi, qj, pj, n, o, g, ld)                                    \
+           : tile<false, false, T>(qi, pi, qj, pj, n, o, g, ld);                                  \
   }
 GTI_TWO_FORM_TILES(double)
 GTI_TWO_FORM_TILES(float)
@@ -190,8 +190,8 @@ void two_form(const TwoFormItem* items, int64_t n_items, int64_t m, double* omeg
       const TwoFormItem& item = items[i];
       const int64_t stop = std::min(end, first[i + 1]);
       with_dtype(item.dtype, [&](auto* tag) {
-        add_columns<std::remove_pointer_t<decltype(tag)>>(
-            item, m, at - first[i], stop - first[i], metric != nullptr, o, o + area, padded);
+        add_columns<std::remove_pointer_t<decltype(tag)>>(item, m, at - first[i], stop - first[i],
+                                                          metric != nullptr, o, o + area, padded);
       });
     }
   }
@@ -201,9 +201,9 @@ void two_form(const TwoFormItem* items, int64_t n_items, int64_t m, double* omeg
       sums[e].add(x.value, x.error);
     }
 
-  // With Σ|q_i p_j| + |p_i q_j| ≤ ‖z_i‖‖z_j‖ = size: a lane adds `depth` terms, each with a rounding
-  // of u times at most the running sum of magnitudes; sums over lanes, panels and segments keep
-  // their remainders. Compensated lanes leave depth² u² instead of depth·u.
+  // With Σ|q_i p_j| + |p_i q_j| ≤ ‖z_i‖‖z_j‖ = size: a lane adds `depth` terms, each with a
+  // rounding of u times at most the running sum of magnitudes; sums over lanes, panels and segments
+  // keep their remainders. Compensated lanes leave depth² u² instead of depth·u.
   const double u = 0x1p-53;
   const double depth = 2.0 * (kMaxPanel / kLanes + 1) + 3;
   const auto diagonal = [&](int64_t i) {
@@ -214,7 +214,8 @@ void two_form(const TwoFormItem* items, int64_t n_items, int64_t m, double* omeg
       const Pair& o = sums[i * padded + j];
       const double size = std::sqrt(diagonal(i)) * std::sqrt(diagonal(j)) * (1 + 4 * depth * u);
       // 0 · NaN: a row with a NaN has no zero on the diagonal either.
-      const double value = i == j ? (std::isnan(diagonal(i)) ? diagonal(i) : 0.0) : o.value + o.error;
+      const double value =
+          i == j ? (std::isnan(diagonal(i)) ? diagonal(i) : 0.0) : o.value + o.error;
       omega[i * m + j] = value;
       omega[j * m + i] = i == j ? value : -value;
       const double lanes = compensated ? 0.0 : depth * u * size;

@@ -4,7 +4,7 @@ what was expected, what came, and the remedy."""
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ def tensor_list(x: Tensor | Sequence[Tensor]) -> list[Tensor]:
     return [x] if isinstance(x, Tensor) else list(x)
 
 
-def finite(op: str, name: str, x: float) -> float:
+def finite(op: str, name: str, x: Any) -> float:
     """`x` as a finite Python float."""
     if type(x) is float and math.isfinite(x):
         return x
@@ -84,8 +84,8 @@ def check_float_tensors(op: str, **lists: Sequence[Any]) -> None:
                 device = t.device
             if t.device != device:
                 raise ValueError(
-                    f"{op}: all tensors must be on one device; {name}[{i}] is on {t.device}, others "
-                    f"on {device}. Move it with .to({str(device)!r})"
+                    f"{op}: all tensors must be on one device; {name}[{i}] is on {t.device}, "
+                    f"others on {device}. Move it with .to({str(device)!r})"
                 )
 
 
@@ -107,13 +107,13 @@ def check_alike(op: str, **lists: Sequence[Any]) -> None:
                 )
             if a.dtype != b.dtype:
                 raise TypeError(
-                    f"{op}: {name}[{i}] must have the dtype of {first}[{i}], {a.dtype}, got {b.dtype}. "
-                    f"Convert it with .to({a.dtype})"
+                    f"{op}: {name}[{i}] must have the dtype of {first}[{i}], {a.dtype}, got "
+                    f"{b.dtype}. Convert it with .to({a.dtype})"
                 )
 
 
 def check_disjoint(
-    op: str, written: dict[str, Sequence[Tensor]], read: dict[str, Sequence[Tensor]]
+    op: str, written: Mapping[str, Sequence[Tensor]], read: Mapping[str, Sequence[Tensor]]
 ) -> None:
     """No two written tensors share memory, and none shares memory with a tensor that is read."""
     spans = [
@@ -127,8 +127,8 @@ def check_disjoint(
         for i, t in enumerate(tensors):
             if torch._debug_has_internal_overlap(t) == 1:
                 raise ValueError(
-                    f"{op}: {name}[{i}] is written and must not overlap itself (an expanded tensor). "
-                    f"Pass {name}[{i}].clone()"
+                    f"{op}: {name}[{i}] is written and must not overlap itself (an expanded "
+                    f"tensor). Pass {name}[{i}].clone()"
                 )
     spans.sort(key=lambda s: s[0])
     end, last = -1, ""  # of the written span that reaches furthest
@@ -158,11 +158,17 @@ def unlike_layouts(**lists: Sequence[Tensor]) -> str | None:
     (first, tensors), *others = lists.items()
     for i, a in enumerate(tensors):
         if not _is_dense(a):
-            return f"{first}[{i}] is a view with gaps or overlaps: strides {a.stride()} for shape {tuple(a.shape)}"
+            return (
+                f"{first}[{i}] is a view with gaps or overlaps: strides {a.stride()} for shape "
+                f"{tuple(a.shape)}"
+            )
         for name, other in others:
             b = other[i]
             if any(n != 1 and s != r for n, s, r in zip(a.shape, a.stride(), b.stride())):
-                return f"{first}[{i}] and {name}[{i}] lie differently in memory: strides {a.stride()} and {b.stride()}"
+                return (
+                    f"{first}[{i}] and {name}[{i}] lie differently in memory: strides "
+                    f"{a.stride()} and {b.stride()}"
+                )
     return None
 
 

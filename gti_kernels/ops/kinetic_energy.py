@@ -10,8 +10,14 @@ from torch import Tensor
 
 from .. import backends
 from ..reference import kinetic_energy as reference
-from .arguments import InvMass, check_alike, check_float_tensors, inv_mass_list, tensor_list
-from .arguments import unlike_layouts
+from .arguments import (
+    InvMass,
+    check_alike,
+    check_float_tensors,
+    inv_mass_list,
+    tensor_list,
+    unlike_layouts,
+)
 from .library import is_plain_eager, refuse_derivative, register
 
 
@@ -23,8 +29,8 @@ def kinetic_energy(
     Args:
         p: momenta, a tensor or a list of L tensors of any shape; fp64, fp32, bf16 or fp16, one
             device; a list may mix dtypes.
-        inv_mass: M⁻¹, the diagonal: a float, one float per tensor, or tensors of the shape and dtype
-            of p.
+        inv_mass: M⁻¹, the diagonal: a float, one float per tensor, or tensors of the shape and
+            dtype of p.
         backend: "auto", "reference", "cpu" or "triton"; see `gti_kernels.explain`.
 
     Returns:
@@ -98,7 +104,8 @@ def _fake(
 
 
 register(
-    "kinetic_energy(Tensor[] p, float[] inv_mass, Tensor[] inv_mass_tensors, str backend) -> Tensor",
+    "kinetic_energy(Tensor[] p, float[] inv_mass, Tensor[] inv_mass_tensors, str backend) -> "
+    "Tensor",
     _kinetic_energy,
     _fake,
 )

@@ -54,8 +54,9 @@ def kick_(
     dtype once.
 
     Raises:
-        TypeError, ValueError: argument, expectation, what came. RuntimeError: a derivative is wanted
-        (p requires grad outside torch.no_grad()), or the named backend cannot run. p is as before.
+        TypeError, ValueError: argument, expectation, what came. RuntimeError: a derivative is
+        wanted (p requires grad outside torch.no_grad()), or the named backend cannot run. p is as
+        before.
 
     >>> import torch, gti_kernels as gti
     >>> p = torch.tensor([1.0, 2.0])
@@ -122,8 +123,8 @@ def kick_drift_(
     comes out of the same pass.
 
     Args:
-        q, p: positions and momenta, tensors or lists of the same shapes; fp64, fp32, bf16 or fp16, one
-            device. Written.
+        q, p: positions and momenta, tensors or lists of the same shapes; fp64, fp32, bf16 or fp16,
+            one device. Written.
         grad: ∇L(q), shaped like q, same dtypes.
         kick, drift: time steps [time]; damp: factor of p before the kick, without unit.
         inv_mass: M⁻¹, the diagonal: a float, one float per tensor, or tensors like q.
@@ -177,15 +178,16 @@ def leapfrog_(
 
     The step is a palindrome, so the same call with −dt undoes it exactly, damping included, up to
     rounding. This differs from the form often printed, which damps before the kick in both halves:
-    that one is not its own reverse. γ = 0 keeps Ω; γ > 0 scales it by e^{−γt}. Order 4 composes three
-    such steps of sizes w₁h, w₀h, w₁h, w₁ = 1/(2 − 2^{1/3}), w₀ = 1 − 2w₁ (Yoshida 1990).
+    that one is not its own reverse. γ = 0 keeps Ω; γ > 0 scales it by e^{−γt}. Order 4 composes
+    three such steps of sizes w₁h, w₀h, w₁h, w₁ = 1/(2 − 2^{1/3}), w₀ = 1 − 2w₁ (Yoshida 1990).
 
     Args:
         q, p: positions and momenta, tensors or lists of the same shapes. Written. Parameters that
             require grad are accepted: the updates are not recorded.
-        grad_fn: called with q, returns ∇L(q) as a tensor, or a list for a list. The last half kick of
-            a step shares its gradient with the next: steps·stages + 1 calls, with 1 stage a step for
-            order 2 and 3 for order 4.
+        grad_fn: called with q, returns ∇L(q) as a tensor, or a list for a list. The last half kick
+        of
+            a step shares its gradient with the next: steps·stages + 1 calls, with 1 stage a step
+            for order 2 and 3 for order 4.
         dt: time step [time]; negative goes back.
         inv_mass, backend: as in `kick_drift_`. damping: γ [1/time].
 
@@ -193,7 +195,8 @@ def leapfrog_(
 
     >>> import torch, gti_kernels as gti
     >>> q, p = torch.tensor([1.0], dtype=torch.float64), torch.tensor([0.0], dtype=torch.float64)
-    >>> gti.leapfrog_(q, p, lambda q: q, 0.1, steps=10)  # harmonic oscillator: q(1) ≈ cos 1 = 0.5403
+    >>> gti.leapfrog_(q, p, lambda q: q, 0.1, steps=10)  # harmonic oscillator: q(1) ≈ cos 1 =
+    0.5403
     >>> q
     tensor([0.5396], dtype=torch.float64)
     """
@@ -242,7 +245,8 @@ def leapfrog_(
         kick_(ps, grad, kick, damp=damp, backend=backend)
 
 
-# ---- the compiled kernels: they take a call in which nothing is odd, and leave all else untouched --
+# ---- the compiled kernels: they take a call in which nothing is odd, and leave all else untouched
+# --
 
 
 def _kick_on_cpu(p: Any, grad: Any, step: Any, damp: Any, backend: str) -> bool:
@@ -281,9 +285,7 @@ def _kick_drift_on_cpu(
         return None
     recording, threads = torch.is_grad_enabled(), torch.get_num_threads()
     try:
-        energy = compiled.kick_drift_(
-            q, p, grad, kick, drift, inv_mass, damp, recording, threads
-        )
+        energy = compiled.kick_drift_(q, p, grad, kick, drift, inv_mass, damp, recording, threads)
     except TypeError:
         return None
     if energy is not None:

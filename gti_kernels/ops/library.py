@@ -1,8 +1,8 @@
 """The torch library `gti_kernels`, and when a call goes through it.
 
 A call in plain eager mode goes straight to the op's implementation: the dispatcher would cost more
-than the checks. Under torch.compile, fake tensors and the like it goes through torch.ops.gti_kernels,
-whose implementation is the same function.
+than the checks. Under torch.compile, fake tensors and the like it goes through
+torch.ops.gti_kernels, whose implementation is the same function.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ def refuse_derivative(op: str, tensors: Iterable[Tensor], remedy: str) -> None:
         for t in tensors:
             if t.requires_grad:
                 raise RuntimeError(
-                    f"{op} has no derivative, but an argument requires grad while gradients are "
-                    f"recorded. {remedy}"
+                    f"{op} has no derivative, but an argument requires grad while gradients "
+                    f"are recorded. {remedy}"
                 )
     if torch.compiler.is_compiling():
         return
@@ -55,6 +55,6 @@ def refuse_derivative(op: str, tensors: Iterable[Tensor], remedy: str) -> None:
             wrapped = torch._C._functorch.is_functorch_wrapped_tensor(t)
             if wrapped or forward_ad.unpack_dual(t).tangent is not None:
                 raise RuntimeError(
-                    f"{op} cannot be transformed: an argument is batched or carries a derivative of "
-                    f"torch.func or forward-mode autograd. {remedy}"
+                    f"{op} cannot be transformed: an argument is batched or carries a derivative "
+                    f"of torch.func or forward-mode autograd. {remedy}"
                 )

@@ -15,7 +15,6 @@ from ..reference import power_iteration as reference
 from .arguments import check_float_tensors, tensor_list
 from .library import is_plain_eager, refuse_derivative, register
 
-
 Outputs = tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor, Tensor, Tensor]
 
 
@@ -45,31 +44,34 @@ def power_iteration(
 ) -> SingularTriples:
     """The k largest singular triples of each matrix: W v = σ u, Wᵀu = σ v.
 
-    Iterates on A = WᵀW; one pass over W yields z = Wᵀ(W v) and is one step. method="power" takes v ←
-    z/‖z‖. method="cg" is the locally optimal three-term recurrence (LOBPCG of block size k without
-    preconditioner; Knyazev 2001): the best v in span[v, r, s], r the residual, s the last move; it needs
-    about a sixth of the steps. Each matrix stops when its residual ‖WᵀWv − θv‖/θ is at most tol.
+    Iterates on A = WᵀW; one pass over W yields z = Wᵀ(W v) and is one step. method="power" takes v
+    ← z/‖z‖. method="cg" is the locally optimal three-term recurrence (LOBPCG of block size k
+    without preconditioner; Knyazev 2001): the best v in span[v, r, s], r the residual, s the last
+    move; it needs about a sixth of the steps. Each matrix stops when its residual ‖WᵀWv − θv‖/θ is
+    at most tol.
 
     Args:
-        weights: [m, n], or a batch [..., m, n], or a list of L tensors of at least 2 dims, each read
-            as [out, −1] (of a convolution this is the norm of the reshaped kernel, not of the
+        weights: [m, n], or a batch [..., m, n], or a list of L tensors of at least 2 dims, each
+            read as [out, −1] (of a convolution this is the norm of the reshaped kernel, not of the
             convolution operator). Shapes and dtypes of a list may differ: fp64, fp32, bf16, fp16.
         k: number of triples, 1 ≤ k ≤ min(m, n).
-        max_steps: most passes over a matrix. tol: on the residual; 0 means exactly max_steps passes.
-        start: an earlier result for weights of the same shapes; its v is where the iteration begins.
-            Otherwise v is random from `seed` and the number of the matrix.
+        max_steps: most passes over a matrix. tol: on the residual; 0 means exactly max_steps
+            passes.
+        start: an earlier result for weights of the same shapes; its v is where the iteration
+            begins. Otherwise v is random from `seed` and the number of the matrix.
         backend: "auto", "reference", "cpu" or "triton" (the last two for k = 1); see
             `gti_kernels.explain`.
 
     Returns:
-        SingularTriples. Vectors are fp32 (fp64 for fp64 weights), sigma, residual and upper too (fp64 if
-        any weight is). σ = ‖Wv‖ never exceeds the true σ₁ beyond rounding; its error is second order in
-        the residual, that of u and v first order. W = 0 gives σ = 0 with unit vectors. NaN or Inf in a
-        matrix gives NaN and converged False for it alone. Slow convergence does not raise.
+        SingularTriples. Vectors are fp32 (fp64 for fp64 weights), sigma, residual and upper too
+        (fp64 if any weight is). σ = ‖Wv‖ never exceeds the true σ₁ beyond rounding; its error is
+        second order in the residual, that of u and v first order. W = 0 gives σ = 0 with unit
+        vectors. NaN or Inf in a matrix gives NaN and converged False for it alone. Slow convergence
+        does not raise.
 
     Raises:
-        TypeError, ValueError: the argument, what was expected, what came. RuntimeError: transformed by
-        torch.func (use `top_singular_values`), or the named backend cannot run.
+        TypeError, ValueError: the argument, what was expected, what came. RuntimeError: transformed
+        by torch.func (use `top_singular_values`), or the named backend cannot run.
 
     >>> import torch, gti_kernels as gti
     >>> r = gti.power_iteration(torch.diag(torch.tensor([3.0, 2.0, 1.0])))
@@ -114,10 +116,11 @@ def top_singular_values(
 ) -> Tensor:
     """The k largest singular values of each matrix, differentiable: dσ/dW = u vᵀ.
 
-    Arguments as in `power_iteration`; returns its sigma, […, k] or [L, k]. The derivative is exact for a
-    simple σ up to the error of u and v (first order in the residual); at a tie it is one element of
-    the subdifferential. u and v are constants of the derivative: second derivatives are zero, not
-    those of σ. Works with backward, torch.func.grad, vmap and jvp, and under torch.compile.
+    Arguments as in `power_iteration`; returns its sigma, […, k] or [L, k]. The derivative is exact
+    for a simple σ up to the error of u and v (first order in the residual); at a tie it is one
+    element of the subdifferential. u and v are constants of the derivative: second derivatives are
+    zero, not those of σ. Works with backward, torch.func.grad, vmap and jvp, and under
+    torch.compile.
 
     >>> import torch, gti_kernels as gti
     >>> W = torch.diag(torch.tensor([3.0, 1.0])).requires_grad_()
@@ -182,8 +185,8 @@ def _starts(start: SingularTriples | None, ws: list[Tensor], batched: bool, k: i
         b, _, n = _sizes(w, batched)
         if v.numel() != b * n * k:
             raise ValueError(
-                f"power_iteration: start.v[{i}] must hold {k} vectors of length {n} for each of {b} "
-                f"matrices, got shape {tuple(v.shape)}"
+                f"power_iteration: start.v[{i}] must hold {k} vectors of length {n} for each of "
+                f"{b} matrices, got shape {tuple(v.shape)}"
             )
         out.append(v.detach().reshape(b, n, k).to(compute_dtype(w.dtype)).contiguous())
     return out
@@ -195,7 +198,7 @@ def limits_of_power_iteration(
     """Checks the arguments; the device, and backend → why it cannot take this call."""
     ws, batched = _weight_list(weights)
     for i, w in enumerate(ws):
-        _, m, n = _sizes(w, batched)
+        m, n = _sizes(w, batched)[1:]
         if not isinstance(k, int) or not 1 <= k <= min(m, n):
             raise ValueError(
                 f"power_iteration: k must be an integer between 1 and min(m, n) = {min(m, n)} of "
@@ -216,7 +219,7 @@ def _power_iteration(
     seed: int,
     backend: str,
 ) -> Outputs:
-    """σ [M, k], u and v (lists of [m, k], [n, k]; batched: of [B, m, k], [B, n, k]), residual [M, k],
+    """σ [M, k], u and v (lists of [m, k], [n, k]; batched: [B, m, k], [B, n, k]), residual [M, k],
     steps, converged and upper [M] of M matrices."""
     device, limits = limits_of_power_iteration(weights[0] if batched else list(weights), k=k)
     chosen = backends.choose("power_iteration", device, backend, limits)

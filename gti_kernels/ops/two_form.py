@@ -31,24 +31,24 @@ def two_form(
 ) -> TwoForm:
     """Ω_ij = ω(z_i, z_j) = dq_i·dp_j − dp_i·dq_j of m tangent vectors z_i = (dq_i, dp_i).
 
-    ω(z, w) = zᵀ J w with J = [[0, I], [−I, 0]] and the order (q, p), see `gti_kernels.conventions`. From the
-    same single read of the inputs: with metric=True also S_ij = dq_i·dq_j + dp_i·dp_j.
+    ω(z, w) = zᵀ J w with J = [[0, I], [−I, 0]] and the order (q, p), see `gti_kernels.conventions`.
+    From the same single read of the inputs: with metric=True also S_ij = dq_i·dq_j + dp_i·dp_j.
 
     Args:
-        dq, dp: [m, N] each, or lists over parameters of [m, *shape]; the same shapes and dtypes; fp64,
-            fp32, bf16 or fp16, one device. Not written, not concatenated.
+        dq, dp: [m, N] each, or lists over parameters of [m, *shape]; the same shapes and dtypes;
+            fp64, fp32, bf16 or fp16, one device. Not written, not concatenated.
         backend: "auto", "reference", "cpu" or "triton"; see `gti_kernels.explain`.
 
     Returns:
-        TwoForm(omega, error_bound, metric). Products of elements up to fp32 are exact in fp64, where
-        they are summed; for fp64 elements products and sums are compensated (Dot2; Ogita, Rump, Oishi
-        2005, "Accurate Sum and Dot Product"). error_bound holds for the inputs as they are, roughly
-        6e-14·‖z_i‖‖z_j‖ up to fp32 and u·|Ω_ij| + 1e-20·‖z_i‖‖z_j‖ for fp64. A NaN in vector i makes
-        row and column i NaN, the rest is right.
+        TwoForm(omega, error_bound, metric). Products of elements up to fp32 are exact in fp64,
+        where they are summed; for fp64 elements products and sums are compensated (Dot2; Ogita,
+        Rump, Oishi 2005, "Accurate Sum and Dot Product"). error_bound holds for the inputs as they
+        are, roughly 6e-14·‖z_i‖‖z_j‖ up to fp32 and u·|Ω_ij| + 1e-20·‖z_i‖‖z_j‖ for fp64. A NaN in
+        vector i makes row and column i NaN, the rest is right.
 
     Raises:
-        TypeError, ValueError: the argument, what was expected, what came. RuntimeError: a derivative
-        is wanted (there is none), or the named backend cannot run.
+        TypeError, ValueError: the argument, what was expected, what came. RuntimeError: a
+        derivative is wanted (there is none), or the named backend cannot run.
 
     >>> import torch, gti_kernels as gti
     >>> dq, dp = torch.tensor([[1.0, 0.0], [0.0, 0.0]]), torch.tensor([[0.0, 0.0], [1.0, 0.0]])

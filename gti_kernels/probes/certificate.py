@@ -225,11 +225,12 @@ def certify(
     seed. Errors as of the probes. The model is left as it was, also when a probe raises or is
     interrupted.
 
-    Example
-    -------
-    >>> certificate = gti.certify(model, torch.nn.functional.cross_entropy, batches)
-    >>> print(certificate.table())
-    >>> certificate.save("certificate")
+    >>> import torch, gti_kernels as gti
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
+    >>> batches = [(torch.randn(8, 3), torch.randn(8, 1)) for _ in range(4)]
+    >>> certificate = gti.certify(model, torch.nn.functional.mse_loss, batches, dts=(0.01, 0.02))
+    >>> certificate.passed
+    True
     """
     if not dts:
         raise ValueError("dts: expected at least one step size, got none")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import re
+from statistics import fmean, median
 from typing import TYPE_CHECKING
 
-from .intervals import slope_interval
+from .intervals import mean_interval, slope_interval
 
 if TYPE_CHECKING:
     from .certificate import Certificate, Row
@@ -16,17 +17,18 @@ DOSE_HEADER = ("momentum", "running: state", "running: ε_Ω", "batch: buffers",
 LEGEND = (
     "state, energy, buffers: relative round-trip errors; ε_Ω: change of the 2-form; "
     "D: median energy change per step; slope: of log D against log dt; ✗: beyond its threshold; "
-    "floor: what rounding alone explains; passes: seeds that pass every probe."
+    "floor: what rounding alone explains, at the dt where it is least; "
+    "passes: seeds that pass every probe."
 )
 
 
 def table_cells(certificate: Certificate) -> list[tuple[str, ...]]:
-    """One line per model and dt, columns as in `HEADER`; after each model a line of its floors."""
+    """One line per model and dt, columns as in `HEADER`; after each model its smallest floors."""
     lines = []
     for name in certificate.names:
         rows = [row for row in certificate.rows if row.name == name]
         lines += [_cells(row) for row in rows]
-        floors = (short(max(row.floor[probe] for row in rows)) for probe in rows[0].floor)
+        floors = (short(min(row.floor[probe] for row in rows)) for probe in rows[0].floor)
         lines.append((name, "floor", *floors, "", ""))
     return lines
 
@@ -93,7 +95,11 @@ def thresholds_line(certificate: Certificate) -> str:
 
 
 def findings(certificate: Certificate) -> list[str]:
-    """One sentence per model (where it passes, what fails, slope, dt_zero), one on the dose."""
+    """One sentence per model, and one on the dose.
+
+    Where it passes, what fails elsewhere; the mean drift slope and its interval (of the fit; with
+    several seeds, over the seeds); dt_zero, the median over the seeds that have one.
+    """
     lines = [
         _finding(certificate, name) for name in dict.fromkeys(r.name for r in certificate.runs)
     ]
@@ -116,12 +122,14 @@ def _finding(certificate: Certificate, name: str) -> str:
     text = f"{name}: passes at dt {', '.join(good)}" if good else f"{name}: passes at no dt"
     if failed:
         text += f"; fails {', '.join(failed)}".replace("epsilon", "ε_Ω")
-    drift = next(run.drift for run in certificate.runs if run.name == name)
-    if drift.slope_interval:
-        low, high = drift.slope_interval
-        text += f"; drift slope {drift.slope:+.2f} [{low:+.2f}, {high:+.2f}]"
-    if drift.dt_zero is not None:
-        text += f"; dt_zero {drift.dt_zero:.3g}"
+    drifts = list({run.seed: run.drift for run in certificate.runs if run.name == name}.values())
+    slopes = [drift.slope for drift in drifts]
+    interval = drifts[0].slope_interval if len(drifts) == 1 else mean_interval(slopes)
+    if interval and not math.isnan(interval[0]):
+        text += f"; drift slope {fmean(slopes):+.2f} [{interval[0]:+.2f}, {interval[1]:+.2f}]"
+    zeros = [drift.dt_zero for drift in drifts if drift.dt_zero is not None]
+    if zeros:
+        text += f"; dt_zero {median(zeros):.3g}"
     return text + "."
 
 

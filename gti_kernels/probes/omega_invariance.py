@@ -69,6 +69,14 @@ def omega_invariance(
     Returns an `OmegaInvariance`. TypeError, ValueError: arguments out of range, pairs > N, sharded
     parameters (DTensor has no second derivatives). The model is left as it was, whatever happens.
 
+    >>> import torch, gti_kernels as gti
+    >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
+    >>> batches = [(torch.randn(8, 3), torch.randn(8, 1)) for _ in range(4)]
+    >>> system = gti.HamiltonianSystem(model, torch.nn.functional.mse_loss, batches)
+    >>> result = gti.omega_invariance(system, dt=0.05, steps=5, pairs=2)
+    >>> result.epsilon < 1e-13
+    True
+
     Source: Leimkuhler & Reich, Simulating Hamiltonian Dynamics (2004), ch. 3; McLachlan &
     Perlmutter, Conformal Hamiltonian systems (2001).
     """

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-def kinetic_energy(p: list[Tensor], inv_mass: Sequence[float] | list[Tensor]) -> Tensor:
+def kinetic_energy(p: list[Tensor], inv_mass: Sequence[float | Tensor]) -> Tensor:
     """K = ½ Σ_t Σ_i (M⁻¹)_{t,i} p_{t,i}², a 0-d fp64 tensor.
 
     p: L tensors of any shape and float dtype; inv_mass: L floats, or L tensors shaped like p.

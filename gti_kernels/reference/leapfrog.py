@@ -9,7 +9,7 @@ from torch import Tensor
 from ..conventions import compute_dtype
 from .kinetic_energy import kinetic_energy
 
-InvMass = Sequence[float] | list[Tensor]
+InvMass = Sequence[float | Tensor]
 
 
 def _wide(t: Tensor) -> Tensor:
@@ -38,7 +38,8 @@ def kick_drift_(
     inv_mass: InvMass,
     damp: float,
 ) -> Tensor:
-    """p ← damp·p − kick·grad, then q ← q + drift·M⁻¹p with that p; returns ½ pᵀM⁻¹p of it (fp64)."""
+    """p ← damp·p − kick·grad, then q ← q + drift·M⁻¹p with that p; returns ½ pᵀM⁻¹p of it
+    (fp64)."""
     kick_(p, grad, kick, damp)
     drift_(q, p, drift, inv_mass)
     return kinetic_energy(p, inv_mass)

@@ -19,8 +19,9 @@ def power_iteration(
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor, Tensor, Tensor]:
     """σ [M, k], u, v (lists of [B, m, k], [B, n, k]), residual [M, k], steps, converged, upper [M].
 
-    weights: tensors [B, m, n], each with its own B, m, n and dtype, M matrices in all; start: tensors
-    [B, n, k] or None (random, see `start_vectors`). σ, residual and upper are fp64. See `gti_kernels.power_iteration` for the mathematics.
+    weights: tensors [B, m, n], each with its own B, m, n and dtype, M matrices in all; start:
+    tensors [B, n, k] or None (random, see `start_vectors`). σ, residual and upper are fp64. See
+    `gti_kernels.power_iteration` for the mathematics.
     """
     u: list[Tensor] = []
     v: list[Tensor] = []
@@ -101,7 +102,7 @@ def _one(
     y_s, z_s = y.new_zeros(m, 0), z.new_zeros(n, 0)
     steps = 1
     while True:
-        theta, rotation = torch.linalg.eigh((y.double().T @ y.double()))
+        theta, rotation = torch.linalg.eigh(y.double().T @ y.double())
         theta, rotation = theta.flip(0), rotation.flip(1).to(c)
         v, y, z = v @ rotation, y @ rotation, z @ rotation
         r = z - v * theta.to(c)
@@ -114,8 +115,8 @@ def _one(
             v = _orthonormal(z, [])
             y, z = _pass(a, v)
         else:
-            # Locally optimal: the best V in span[V, R, S]; the residual R of a Ritz basis is
-            # orthogonal to the old span already, so only R needs orthonormalising, and only R a pass.
+            # Locally optimal: the best V in span[V, R, S]. The residual R of a Ritz basis is
+            # orthogonal to the old span, so only R needs orthonormalising, and only R a pass.
             r = _orthonormal(r, [v, s], complete=False)
             y_r, z_r = _pass(a, r)
             basis = [torch.cat(x, 1) for x in ([v, r, s], [y, y_r, y_s], [z, z_r, z_s])]

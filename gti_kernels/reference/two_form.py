@@ -12,7 +12,8 @@ UNIT = 2.0**-53
 def two_form(
     dq: list[Tensor], dp: list[Tensor], metric: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Ω_ij = Σ_a dq_ia dp_ja − dp_ia dq_ja, its error bound, and S_ij = Σ_a dq_ia dq_ja + dp_ia dp_ja.
+    """Ω_ij = Σ_a dq_ia dp_ja − dp_ia dq_ja, its error bound, and S_ij = Σ_a dq_ia dq_ja + dp_ia
+    dp_ja.
 
     dq, dp: lists of [m, N_t], any float dtype. Returns Ω [m, m], bound [m, m], S [m, m] or None,
     all fp64. Only i < j is summed; Ω_ji = −Ω_ij and Ω_ii = 0 hold to the bit.
@@ -29,8 +30,8 @@ def two_form(
                 omega[j, i] = -omega[i, j]
             if metric or i == j:
                 gram[i, j] = gram[j, i] = dot2(torch.cat([q[i], p[i]]), torch.cat([q[j], p[j]]))
-    # Σ|q_i p_j| + |p_i q_j| ≤ ‖z_i‖‖z_j‖; a tree of depth d leaves (d·u)² of it, and u of the result
-    # for the last rounding.
+    # Σ|q_i p_j| + |p_i q_j| ≤ ‖z_i‖‖z_j‖; a tree of depth d leaves (d·u)² of it, and u of the
+    # result for the last rounding.
     norm = gram.diagonal().sqrt()
     depth = max(1, (2 * q.shape[1]).bit_length() + 2)
     tiny = torch.finfo(torch.float64).smallest_normal * UNIT  # products below it vanish

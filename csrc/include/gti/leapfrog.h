@@ -22,7 +22,7 @@ struct LeapfrogItem {
 // No two written buffers may overlap.
 void kick(const LeapfrogItem* items, int64_t n_items, double kick, double damp, int threads);
 void drift(const LeapfrogItem* items, int64_t n_items, double drift, int threads);
-double kick_drift(const LeapfrogItem* items, int64_t n_items, double kick, double drift, double damp,
-                  int threads);
+double kick_drift(const LeapfrogItem* items, int64_t n_items, double kick, double drift,
+                  double damp, int threads);
 
 }  // namespace gti

@@ -10,16 +10,17 @@ enum class PowerMethod : int { cg = 0, power = 1 };
 struct PowerIterationItem {
   DType dtype;
   int64_t batch, m, n;
-  const void* w;      // [batch, m, n], contiguous
-  const void* start;  // [batch, n] of the compute type (fp64 for f64, else fp32), or nullptr: random
+  const void* w;  // [batch, m, n], contiguous
+  const void*
+      start;  // [batch, n] of the compute type (fp64 for f64, else fp32), or nullptr: random
   // Written:
   void* u;           // [batch, m] of the compute type
   void* v;           // [batch, n] of the compute type
   double* sigma;     // [batch]
   double* residual;  // [batch]  ‖WᵀWv − θv‖ / θ
-  double* upper;     // [batch]  min(‖W‖_F, √(‖W‖₁‖W‖_∞)) ≥ σ, with room to round to the compute type
-  int64_t* steps;    // [batch]  passes over W
-  bool* converged;   // [batch]  residual ≤ tol
+  double* upper;    // [batch]  min(‖W‖_F, √(‖W‖₁‖W‖_∞)) ≥ σ, with room to round to the compute type
+  int64_t* steps;   // [batch]  passes over W
+  bool* converged;  // [batch]  residual ≤ tol
 };
 
 // Matrices are numbered through the list; number and seed choose the random start vector.

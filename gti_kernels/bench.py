@@ -1,0 +1,490 @@
+"""`gti bench`: each op beside its peers, in one run, interleaved, medians.
+
+A case names its op, its peers and its floor: the bytes it must move over the bandwidth this machine
+shows in the same run. Peers are what a good engineer would write or call otherwise; all get the
+same inputs. An op whose parity with the reference is red gets no time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import gti_kernels as gti
+
+from .backends import build_info
+from .probes.extras import require
+from .testing import compare
+
+Call = Callable[[], Any]
+
+#: Weight shapes of ResNet-18 (11.7 M parameters, 21 matrices), torchvision's order.
+RESNET18_WEIGHTS = (
+    (64, 3, 7, 7),
+    *[(64, 64, 3, 3)] * 4,
+    *[(128, 64, 3, 3), (128, 128, 3, 3), (128, 64, 1, 1), (128, 128, 3, 3), (128, 128, 3, 3)],
+    *[(256, 128, 3, 3), (256, 256, 3, 3), (256, 128, 1, 1), (256, 256, 3, 3), (256, 256, 3, 3)],
+    *[(512, 256, 3, 3), (512, 512, 3, 3), (512, 256, 1, 1), (512, 512, 3, 3), (512, 512, 3, 3)],
+    (1000, 512),
+)
+#: All 62 parameters: each convolution is followed by the scale and shift of its normalisation.
+RESNET18_PARAMETERS = tuple(
+    shape
+    for weight in RESNET18_WEIGHTS
+    for shape in ((weight, weight[:1], weight[:1]) if len(weight) == 4 else (weight, weight[:1]))
+)
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a case runs: the op, its peers by name, and the bytes it cannot avoid moving."""
+
+    op: Call
+    peers: dict[str, Call]
+    bytes_moved: int = 0
+    floor: str = "read"  #: "read" or "copy": the bandwidth that bounds it
+    few: tuple[str, ...] = ()  #: peers so slow that three rounds must do
+
+
+@dataclass(frozen=True)
+class Case:
+    """One line of the benchmark: data, and how to make its work."""
+
+    op: str
+    name: str
+    shape: str
+    dtype: str
+    build: Callable[[str], Work]  #: from the device
+    bars: dict[str, float] = field(default_factory=dict)  #: peer → least ratio peer time / op time
+    most_us: float = math.inf  #: host cost of one call, in microseconds
+    calls: int = 1  #: calls in one timing
+
+
+# ---- the cases ----------------------------------------------------------------------------------
+
+
+def _eager_power(matrices: list[Tensor], starts: list[Tensor], steps: int) -> list[Tensor]:
+    """The loop a good engineer writes: two matrix-vector products a step, W stays in cache
+    between."""
+    sigmas = []
+    for w, v in zip(matrices, starts):
+        w_t = w.t()
+        for _ in range(steps):
+            u = torch.mv(w, v)
+            z = torch.mv(w_t, u)
+            v = z / torch.linalg.vector_norm(z)
+        sigmas.append(torch.linalg.vector_norm(u))
+    return sigmas
+
+
+def _eager_batched_power(w: Tensor, v: Tensor, steps: int) -> Tensor:
+    for _ in range(steps):
+        u = torch.bmm(w, v)
+        z = torch.bmm(w.mT, u)
+        v = z / torch.linalg.vector_norm(z, dim=1, keepdim=True)
+    return torch.linalg.vector_norm(u, dim=1)
+
+
+def _power_list(device: str, method: str) -> Work:
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(s, generator=generator).to(device) for s in RESNET18_WEIGHTS]
+    matrices = [w.flatten(1) for w in weights]
+    starts = [torch.randn(w.shape[1], generator=generator).to(device) for w in matrices]
+    compiled = torch.compile(_eager_power)
+    return Work(
+        op=lambda: gti.power_iteration(weights, method=method, max_steps=10, tol=0),
+        peers={
+            "eager mv": lambda: _eager_power(matrices, starts, 10),
+            "compiled mv": lambda: compiled(matrices, starts, 10),
+            "svdvals": lambda: [torch.linalg.svdvals(w)[0] for w in matrices],
+        },
+        bytes_moved=10 * sum(w.numel() * w.element_size() for w in weights),
+        few=("svdvals",),
+    )
+
+
+def _power_batch(device: str, method: str) -> Work:
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(1024, 64, 64, generator=generator).to(device)
+    v = torch.randn(1024, 64, 1, generator=generator).to(device)
+    compiled = torch.compile(_eager_batched_power)
+    return Work(
+        op=lambda: gti.power_iteration(w, method=method, max_steps=10, tol=0),
+        peers={
+            "eager bmm": lambda: _eager_batched_power(w, v, 10),
+            "compiled bmm": lambda: compiled(w, v, 10),
+            "svdvals": lambda: torch.linalg.svdvals(w)[:, 0],
+        },
+        bytes_moved=w.numel() * w.element_size(),  # each matrix stays in a core's cache
+        few=("svdvals",),
+    )
+
+
+def _kick_drift(device: str) -> Work:
+    def tensors(seed: int) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        return [torch.randn(s, generator=generator).to(device) for s in RESNET18_PARAMETERS]
+
+    q, p, grad = tensors(0), tensors(1), tensors(2)
+    mass = [
+        min(8.0, max(0.125, torch.Size(s[1:]).numel() ** -0.5)) if len(s) > 1 else 1.0
+        for s in RESNET18_PARAMETERS
+    ]
+    weight = torch.tensor(mass, device=device, dtype=torch.float64)
+    h, damp = 1e-3, 0.999
+
+    def foreach() -> Tensor:
+        torch._foreach_mul_(p, damp)
+        torch._foreach_add_(p, grad, alpha=-h)
+        torch._foreach_add_(q, torch._foreach_mul(p, mass), alpha=h)
+        return 0.5 * (torch.stack(torch._foreach_norm(p)).double().square() * weight).sum()
+
+    def loop(q: list[Tensor], p: list[Tensor], grad: list[Tensor]) -> Tensor:
+        energy = torch.zeros((), dtype=torch.float64, device=device)
+        for q_t, p_t, g_t, w in zip(q, p, grad, mass):
+            p_t.mul_(damp).add_(g_t, alpha=-h)
+            q_t.add_(p_t, alpha=h * w)
+            flat = p_t.view(-1)
+            energy += 0.5 * w * torch.dot(flat, flat)
+        return energy
+
+    compiled = torch.compile(loop)
+    total = sum(t.numel() * t.element_size() for t in q)
+    source = torch.randn(5 * total // 8, device=device)  # fp32: as many bytes read as written
+    target = torch.empty_like(source)
+    return Work(
+        op=lambda: gti.kick_drift_(q, p, grad, h, h, inv_mass=mass, damp=damp),
+        peers={
+            "_foreach": foreach,
+            "per-tensor loop": lambda: loop(q, p, grad),
+            "compiled loop": lambda: compiled(q, p, grad),
+            "copy of the same bytes": lambda: target.copy_(source),
+        },
+        bytes_moved=5 * total,
+        floor="copy",
+    )
+
+
+def _two_form(device: str) -> Work:
+    generator = torch.Generator().manual_seed(0)
+    dq = torch.randn(4, 11_000_000, generator=generator).to(device)
+    dp = torch.randn(4, 11_000_000, generator=generator).to(device)
+
+    def naive(dq: Tensor, dp: Tensor) -> Tensor:
+        return dq @ dp.T - dp @ dq.T
+
+    def upcast() -> Tensor:
+        q, p = dq.double(), dp.double()
+        return q @ p.T - p @ q.T
+
+    compiled = torch.compile(naive)
+    return Work(
+        op=lambda: gti.two_form(dq, dp),
+        peers={
+            "naive fp32": lambda: naive(dq, dp),
+            "upcast to fp64": upcast,
+            "compiled naive": lambda: compiled(dq, dp),
+        },
+        bytes_moved=2 * dq.numel() * dq.element_size(),
+    )
+
+
+def _host(op: str, count: int) -> Callable[[str], Work]:
+    def build(device: str) -> Work:
+        q, p, grad = ([torch.randn(4, device=device) for _ in range(count)] for _ in range(3))
+        calls: dict[str, Call] = {
+            "kick_": lambda: gti.kick_(p, grad, 1e-9),
+            "drift_": lambda: gti.drift_(q, p, 1e-9),
+            "kick_drift_": lambda: gti.kick_drift_(q, p, grad, 1e-9, 1e-9),
+            "kinetic_energy": lambda: gti.kinetic_energy(p),
+        }
+        return Work(
+            op=calls[op], peers={"_foreach_add_": lambda: torch._foreach_add_(p, grad, alpha=-1e-9)}
+        )
+
+    return build
+
+
+def cases() -> list[Case]:
+    """The lines of the benchmark, in order. Bars are those the project holds itself to on a CPU."""
+    resnet, batch = "21 matrices of ResNet-18", "[1024, 64, 64]"
+    out = []
+    for method in ("power", "cg"):
+        out.append(
+            Case(
+                "power_iteration",
+                f"10 passes, {method}",
+                resnet,
+                "float32",
+                lambda device, method=method: _power_list(device, method),  # type: ignore[misc]
+                {"eager mv": 1.8} if method == "power" else {},
+            )
+        )
+        out.append(
+            Case(
+                "power_iteration",
+                f"10 passes, {method}",
+                batch,
+                "float32",
+                lambda device, method=method: _power_batch(device, method),  # type: ignore[misc]
+                {"eager bmm": 8.0, "svdvals": 60.0} if method == "power" else {},
+            )
+        )
+    out.append(
+        Case(
+            "kick_drift_",
+            "with kinetic energy",
+            "62 tensors of ResNet-18",
+            "float32",
+            _kick_drift,
+            {"_foreach": 2.0, "per-tensor loop": 2.0, "copy of the same bytes": 1 / 1.2},
+        )
+    )
+    out.append(
+        Case(
+            "two_form",
+            "fp64 accumulation",
+            "m = 4, N = 11 M",
+            "float32",
+            _two_form,
+            {"naive fp32": 2.0, "upcast to fp64": 8.0},
+        )
+    )
+    for op in ("kick_", "drift_", "kick_drift_", "kinetic_energy"):
+        out.append(
+            Case(op, "host cost", "1 tensor [4]", "float32", _host(op, 1), {}, 6.0, calls=200)
+        )
+    for op in ("kick_", "drift_"):
+        out.append(
+            Case(
+                op,
+                "host cost",
+                "62 tensors [4]",
+                "float32",
+                _host(op, 62),
+                {"_foreach_add_": 1 / 1.5},
+                calls=50,
+            )
+        )
+    out.append(
+        Case(
+            "kick_drift_",
+            "host cost",
+            "62 tensors [4]",
+            "float32",
+            _host("kick_drift_", 62),
+            calls=50,
+        )
+    )
+    return out
+
+
+# ---- timing -------------------------------------------------------------------------------------
+
+
+def _seconds(call: Call, calls: int, device: str) -> float:
+    begin = time.perf_counter()
+    for _ in range(calls):
+        call()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - begin) / calls
+
+
+def race(work: Work, rounds: int, calls: int, device: str) -> dict[str, list[float]]:
+    """Seconds of the op (under "gti") and each peer, one after the other, `rounds` times."""
+    contenders = {"gti": work.op, **work.peers}
+    for name, call in contenders.items():  # warm: caches, thread pools, compilation
+        for _ in range(1 if name in work.few else 3):
+            call()
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(rounds):
+        for name, call in contenders.items():
+            if name not in work.few or turn < 3:
+                times[name].append(_seconds(call, calls, device))
+    return times
+
+
+def bandwidth(device: str, rounds: int = 9) -> dict[str, float]:
+    """Bytes per second of this machine: reading 512 MiB once, and copying 256 MiB (both ways
+    counted)."""
+    x = torch.ones(128 * 2**20, device=device)
+    half, target = x[: x.numel() // 2], torch.empty(x.numel() // 2, device=device)
+    readers: list[Call] = [lambda: x.sum(), lambda: torch.dot(x, x), lambda: x.amax()]
+    for call in readers:
+        call()
+    target.copy_(half)
+    read = [min(_seconds(call, 1, device) for call in readers) for _ in range(rounds)]
+    copy = [_seconds(lambda: target.copy_(half), 1, device) for _ in range(rounds)]
+    size = x.numel() * x.element_size()
+    return {"read": size / statistics.median(read), "copy": size / statistics.median(copy)}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One measured line. ratios: peer time / op time, the median over rounds of the paired
+    ratios."""
+
+    op: str
+    name: str
+    shape: str
+    dtype: str
+    parity: bool
+    seconds: float | None
+    peers: dict[str, float]
+    ratios: dict[str, float]
+    bars: dict[str, float]
+    most_us: float | None
+    bytes_moved: int
+    floor: str
+    share_of_floor: float | None
+
+    @property
+    def met(self) -> bool:
+        """Parity is green and every bar is reached."""
+        if not self.parity or self.seconds is None:
+            return False
+        cheap = self.most_us is None or self.seconds * 1e6 <= self.most_us
+        return cheap and all(self.ratios[peer] >= least for peer, least in self.bars.items())
+
+
+def measure(case: Case, speed: dict[str, float], rounds: int, device: str) -> Result:
+    """Checks the op's parity, then times the case."""
+    backend = "cpu" if device == "cpu" else "triton"
+    if gti.available()[backend] is not None:
+        backend = "reference"
+    parity = all(c.error <= c.bound for c in compare(case.op, case.dtype, backend, device))
+    most = None if math.isinf(case.most_us) else case.most_us
+    fixed = (case.op, case.name, case.shape, case.dtype, parity)
+    if not parity:
+        return Result(*fixed, None, {}, {}, case.bars, most, 0, "read", None)
+    work = case.build(device)
+    times = race(work, rounds, case.calls, device)
+    own = statistics.median(times["gti"])
+    least = work.bytes_moved / speed[work.floor]
+    return Result(
+        *fixed,
+        own,
+        {name: statistics.median(t) for name, t in times.items() if name != "gti"},
+        {
+            name: statistics.median(b / a for a, b in zip(times["gti"], t))
+            for name, t in times.items()
+            if name != "gti"
+        },
+        case.bars,
+        most,
+        work.bytes_moved,
+        work.floor,
+        least / own if work.bytes_moved else None,
+    )
+
+
+# ---- the command --------------------------------------------------------------------------------
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `gti bench`."""
+    parser.description = (
+        "Time each op beside its peers and the machine's bandwidth, interleaved, medians. Exit "
+        "status 1 if an op's parity is red."
+    )
+    parser.add_argument("--op", help="only cases of this op")
+    parser.add_argument("--rounds", type=int, default=15, help="timings of each (default: 15)")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--json", metavar="FILE", help="write machine, bandwidth and results")
+    parser.add_argument("--plot", metavar="FILE", help="write a PNG of the ratios")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints a line per case and its peers; writes what was asked for."""
+    if args.rounds < 1:
+        raise ValueError(f"--rounds must be at least 1, got {args.rounds}")
+    chosen = [c for c in cases() if args.op in (None, c.op)]
+    if not chosen:
+        names = sorted({c.op for c in cases()})
+        raise ValueError(f"--op: expected one of {names}, got {args.op!r}")
+    warnings.filterwarnings("ignore", module="torch._dynamo|torch._inductor")
+    torch._dynamo.config.recompile_limit = 64
+    speed = bandwidth(args.device)
+    info = build_info()
+    print(
+        f"{info['platform']}, {info['threads']} threads, torch {info['torch']}; measured "
+        f"bandwidth: read {speed['read'] / 1e9:.1f} GB/s, copy {speed['copy'] / 1e9:.1f} GB/s (both ways)"
+    )
+    results = []
+    for case in chosen:
+        results.append(measure(case, speed, args.rounds, args.device))
+        print("\n".join(lines(results[-1])))
+        sys.stdout.flush()
+        torch._dynamo.reset()
+    missed = [r for r in results if not r.met]
+    print(f"{len(results) - len(missed)} of {len(results)} lines meet their bars")
+    if args.json:
+        report = {"machine": info, "bandwidth": speed, "results": [_plain(r) for r in results]}
+        with open(args.json, "w", encoding="utf-8") as file:
+            json.dump(report, file, indent=1, ensure_ascii=False)
+    if args.plot:
+        plot(results, args.plot)
+    return 0 if all(r.parity for r in results) else 1
+
+
+def _plain(result: Result) -> dict[str, Any]:
+    return {**asdict(result), "met": result.met}
+
+
+def lines(result: Result) -> list[str]:
+    """The printed form of a result."""
+    head = f"{result.op}  {result.name}  {result.shape}  {result.dtype}"
+    if result.seconds is None:
+        return [f"{head}: parity is red, no time"]
+    text = f"{head}: {_time(result.seconds)}"
+    if result.most_us is not None:
+        text += f" (at most {result.most_us:.0f} us)"
+    if result.share_of_floor is not None:
+        text += (
+            f", {result.bytes_moved / 1e6:.0f} MB moved, "
+            f"{100 * result.share_of_floor:.0f} % of the measured {result.floor} bandwidth"
+        )
+    out = [text]
+    for peer, seconds in result.peers.items():
+        bar = f"  (bar {result.bars[peer]:.2f}x)" if peer in result.bars else ""
+        out.append(f"    {peer:<24} {_time(seconds):>12}  {result.ratios[peer]:8.2f}x{bar}")
+    if not result.met:
+        out.append("    bar not met")
+    return out
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e6:.2f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
+
+
+def plot(results: list[Result], path: str) -> None:
+    """Horizontal bars: how many times longer each peer takes, with the project's bar as a tick."""
+    require("matplotlib", "gti bench --plot").use("Agg")
+    pyplot = require("matplotlib.pyplot", "gti bench --plot")
+    rows = [(r, peer) for r in results for peer in r.peers][::-1]
+    figure, axes = pyplot.subplots(figsize=(10, 0.32 * len(rows) + 1.2), layout="constrained")
+    for at, (result, peer) in enumerate(rows):
+        ratio = result.ratios[peer]
+        axes.barh(at, ratio, color="#4c78a8" if ratio >= 1 else "#e45756")
+        axes.text(ratio * 1.04, at, f"{ratio:.2f}x", va="center", fontsize=8)
+        if peer in result.bars:
+            axes.plot([result.bars[peer]] * 2, [at - 0.45, at + 0.45], color="black", lw=2)
+    axes.set_yticks(range(len(rows)))
+    axes.set_yticklabels([f"{r.op} {r.name}, {r.shape}: {peer}" for r, peer in rows], fontsize=8)
+    axes.set_xscale("log")
+    axes.axvline(1.0, color="grey", lw=0.8)
+    axes.set_xlabel("time of the peer / time of gti_kernels (black tick: the bar)")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
