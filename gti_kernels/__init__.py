@@ -14,19 +14,33 @@ from .ops.kinetic_energy import kinetic_energy
 from .ops.leapfrog import drift_, kick_, kick_drift_, leapfrog_
 from .ops.power_iteration import SingularTriples, power_iteration, top_singular_values
 from .ops.two_form import TwoForm, two_form
+from .probes.certificate import Certificate, Thresholds, certify
+from .probes.dose_response import dose_response
+from .probes.energy_drift import energy_drift
+from .probes.hamiltonian_system import HamiltonianSystem
+from .probes.omega_invariance import omega_invariance
+from .probes.round_trip import round_trip
 
 __all__ = [
+    "Certificate",
+    "HamiltonianSystem",
     "SingularTriples",
+    "Thresholds",
     "TwoForm",
     "available",
     "build_info",
+    "certify",
+    "dose_response",
     "drift_",
+    "energy_drift",
     "explain",
     "kick_",
     "kick_drift_",
     "kinetic_energy",
     "leapfrog_",
+    "omega_invariance",
     "power_iteration",
+    "round_trip",
     "top_singular_values",
     "two_form",
 ]

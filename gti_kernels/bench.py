@@ -24,7 +24,7 @@ from torch import Tensor
 import gti_kernels as gti
 
 from .backends import build_info
-from .probes.extras import require
+from .extras import require
 from .testing import compare
 
 Call = Callable[[], Any]

@@ -75,7 +75,7 @@ def resources(cubin: bytes) -> str:
 
 @pytest.fixture(scope="module")
 def compiled() -> list[Compiled]:
-    """Every sample for every architecture, two at a time; bf16, like fp32 but for its loads, once."""
+    """Every sample for every architecture; bf16, which is fp32 but for its loads, for one."""
     tasks: list[tuple[Any, ...]] = []
     for op in OPS:
         samples = importlib.import_module(f"gti_kernels.triton_kernels.{op}").samples()

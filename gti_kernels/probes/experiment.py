@@ -31,7 +31,7 @@ from .certificate_text import (
 )
 from .clock import add_seconds
 from .dose_response import MOMENTA, dose_response
-from .extras import require
+from ..extras import require
 
 TRAINING_BATCHES, TRAINING_BATCH = 168, 64
 PROBE_BATCH = 32

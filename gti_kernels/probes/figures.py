@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .extras import require
+from ..extras import require
 
 if TYPE_CHECKING:
     from .certificate import Certificate

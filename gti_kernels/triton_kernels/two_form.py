@@ -33,10 +33,7 @@ class Tile(NamedTuple):
     @classmethod
     def of(cls, m: int, exact: bool, metric: bool) -> Tile:
         if exact or m <= 4:
-            size = 2 if m <= 2 else 4
-            if exact:
-                return cls(size, 128, False, 8 if metric else 4)
-            return cls(size, 128 if metric else 256, False, 4)
+            return cls(2 if m <= 2 else 4, 128, False, 8 if exact and metric else 4)
         if m <= 16:
             return cls(16, 32 if metric else 64, True, 4)
         return cls(32, 16 if metric else 32, True, 8)
@@ -85,7 +82,8 @@ def tile_kernel(
     block = place * stretch
     last = tl.minimum(block + stretch, blocks)
     item = find_item(starts, items, block)
-    for b in range(block, last):
+    # A stage count asks for loads ahead of their use, which Triton grants unasked to tl.dot only.
+    for b in tl.range(block, last, num_stages=3):
         item += (tl.load(starts + item + 1) <= b).to(tl.int64)
         q = pointer(tl.load(table + item), DTYPE, False)
         p = pointer(tl.load(table + items + item), DTYPE, False)
