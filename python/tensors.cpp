@@ -151,8 +151,8 @@ bool same_layout(const View& a, const View& b) {
   return true;
 }
 
-bool disjoint(const std::vector<const std::vector<View>*>& written,
-              const std::vector<const std::vector<View>*>& read) {
+bool disjoint(std::initializer_list<const std::vector<View>*> written,
+              std::initializer_list<const std::vector<View>*> read) {
   std::vector<Range> ranges;
   for (const auto* views : written)
     for (const View& v : *views)

@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <initializer_list>
 #include <vector>
 
 #include "gti/common.h"
@@ -58,7 +59,7 @@ bool is_contiguous(const View& view);
 bool same_layout(const View& a, const View& b);
 
 // No two written views overlap, and no read view overlaps a written one.
-bool disjoint(const std::vector<const std::vector<View>*>& written,
-              const std::vector<const std::vector<View>*>& read);
+bool disjoint(std::initializer_list<const std::vector<View>*> written,
+              std::initializer_list<const std::vector<View>*> read);
 
 }  // namespace gti

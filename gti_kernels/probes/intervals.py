@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
 
 Interval = tuple[float, float]
 
@@ -16,6 +15,8 @@ def mean_interval(values: Sequence[float], confidence: float = 0.95) -> Interval
     n = len(values)
     if n < 2:
         return None
+    from scipy import stats  # slow to import: only when an interval is asked for
+
     half = stats.t.ppf(0.5 + confidence / 2, n - 1) * np.std(values, ddof=1) / math.sqrt(n)
     mean = float(np.mean(values))
     return mean - float(half), mean + float(half)
@@ -31,6 +32,8 @@ def slope_interval(
     n = len(x)
     if n < 2:
         return math.nan, None
+    from scipy import stats
+
     fit = stats.linregress(x, y)
     slope = float(fit.slope)
     if n < 3:

@@ -750,8 +750,8 @@ def _table(key: tuple[tuple[int, ...], ...], element_size: int) -> tuple[tuple[i
         )
         panels = triton.cdiv(m, PANEL_ROWS[kind])
         for b in range(batch):
-            row = (address + b * m * n * element_size, m, n, kind, number + b)
-            row += (place_m, place_n, place_shares, panels)
+            matrix = (address + b * m * n * element_size, m, n, kind, number + b)
+            row = (*matrix, place_m, place_n, place_shares, panels)
             for column, x in zip(rows, row, strict=True):
                 column.append(x)
             place_m, place_n, place_shares = place_m + m, place_n + n, place_shares + panels * n

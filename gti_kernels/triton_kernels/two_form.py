@@ -299,11 +299,14 @@ def two_form(
         length += sum(row[4] for row in items)
 
     padded = tiles * tile.T
-    new = {"dtype": torch.float64, "device": device}
-    sums = torch.empty(1 + metric, padded, padded, 1 + exact, stretches, **new)
-    norms = torch.empty(2, padded, stretches, **new)
-    omega, bound = torch.empty(m, m, **new), torch.empty(m, m, **new)
-    gram = torch.empty(m, m, **new) if metric else None
+
+    def new(*size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.float64, device=device)
+
+    sums = new(1 + metric, padded, padded, 1 + exact, stretches)
+    norms = new(2, padded, stretches)
+    omega, bound = new(m, m), new(m, m)
+    gram = new(m, m) if metric else None
     with on_device(device):
         for dtype, items, starts, stretch, first in launches:
             rows = (*zip(*items, strict=True), tuple(starts))
@@ -326,7 +329,7 @@ def two_form(
             )
         totals = []
         for x, pairs in ((sums, exact), (norms, False)):
-            total = torch.empty(x.shape[:-1], **new)
+            total = new(*x.shape[:-1])
             rows_of_x = total.numel() // (1 + pairs)
             reduce_kernel[(triton.cdiv(rows_of_x, REDUCE_ROWS),)](
                 x,
