@@ -54,7 +54,7 @@ class Work:
     peers: dict[str, Call]
     bytes_moved: int = 0
     floor: str = "read"  #: "read" or "copy": the bandwidth that bounds it
-    few: tuple[str, ...] = ()  #: peers so slow that three rounds must do
+    few: tuple[str, ...] = ()  #: peers so slow that two rounds, without a warm-up, must do
 
 
 @dataclass(frozen=True)
@@ -306,12 +306,12 @@ def race(work: Work, rounds: int, calls: int, device: str) -> dict[str, list[flo
     """Seconds of the op (under "gti") and each peer, one after the other, `rounds` times."""
     contenders = {"gti": work.op, **work.peers}
     for name, call in contenders.items():  # warm: caches, thread pools, compilation
-        for _ in range(1 if name in work.few else 3):
+        for _ in range(0 if name in work.few else 3):
             call()
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(rounds):
         for name, call in contenders.items():
-            if name not in work.few or turn < 3:
+            if name not in work.few or turn < 2:
                 times[name].append(_seconds(call, calls, device))
     return times
 
@@ -419,8 +419,8 @@ def run(args: argparse.Namespace) -> int:
     speed = bandwidth(args.device)
     info = build_info()
     print(
-        f"{info['platform']}, {info['threads']} threads, torch {info['torch']}; measured "
-        f"bandwidth: read {speed['read'] / 1e9:.1f} GB/s, copy {speed['copy'] / 1e9:.1f} GB/s (both ways)"
+        f"{info['platform']}, {info['threads']} threads, torch {info['torch']}; measured bandwidth:"
+        f" read {speed['read'] / 1e9:.1f} GB/s, copy {speed['copy'] / 1e9:.1f} GB/s (both ways)"
     )
     results = []
     for case in chosen:

@@ -85,9 +85,47 @@ GTI_INLINE void row_group(const C* w, int64_t np, const C* x, C* y, C* z, Sizes<
   }
 }
 
+// The same for rows of V vectors, few enough that x, z and four rows stay in registers: each entry
+// of W is loaded once.
+template <int V, class C>
+GTI_INLINE void narrow_pass(const C* w, int64_t rows, const C* x, C* y, C* z) {
+  constexpr int N = kLanes<C>, R = 4;
+  Vec<C, N> x_v[V], z_v[V];
+  for (int j = 0; j < V; ++j) {
+    x_v[j] = load<N>(x + j * N);
+    z_v[j] = load<N>(z + j * N);
+  }
+  int64_t at = 0;
+  for (; at + R <= rows; at += R) {
+    Vec<C, N> w_v[R][V], sum[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+      for (int j = 0; j < V; ++j) w_v[r][j] = load<N>(w + ((at + r) * V + j) * N);
+      sum[r] = w_v[r][0] * x_v[0];
+#pragma GCC unroll 4
+      for (int j = 1; j < V; ++j) sum[r] += w_v[r][j] * x_v[j];
+    }
+    lane_sums<C, N>(sum, y + at);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int j = 0; j < V; ++j) z_v[j] += y[at + r] * w_v[r][j];
+  }
+  for (int j = 0; j < V; ++j) store(z + j * N, z_v[j]);
+  for (; at < rows; ++at) row_group<1, false, C>(w + at * V * N, V * N, x, y + at, z, nullptr);
+}
+
 template <bool kMeasure, class C>
 GTI_INLINE void panel_pass_any(const C* w, int64_t rows, int64_t np, const C* x, C* y, C* z,
                                Sizes<C>* sizes) {
+  if constexpr (!kMeasure) {
+    constexpr int N = kLanes<C>;
+    if (np == N) return narrow_pass<1>(w, rows, x, y, z);
+    if (np == 2 * N) return narrow_pass<2>(w, rows, x, y, z);
+    if (np == 3 * N) return narrow_pass<3>(w, rows, x, y, z);
+    if (np == 4 * N) return narrow_pass<4>(w, rows, x, y, z);
+  }
   int64_t r = 0;
   for (; r + 8 <= rows; r += 8) row_group<8, kMeasure>(w + r * np, np, x, y + r, z, sizes);
   for (; r < rows; ++r) row_group<1, kMeasure>(w + r * np, np, x, y + r, z, sizes);
@@ -110,15 +148,24 @@ GTI_INLINE void pack_any(const T* w, int64_t rows, int64_t n, C scale, C* out) {
 
 // ---- what happens between passes ---------------------------------------------------------------
 
+// The dot products of a with each of b, in fp64 and in one sweep; n is a multiple of 8 or the tail
+// of every array is zero up to one.
+template <int K, class C>
+GTI_INLINE void dots(const C* a, const C* const (&b)[K], int64_t n, double* out) {
+  constexpr int N = 8;
+  Vec<double, N> sum[K] = {};
+  for (int64_t i = 0; i < n; i += N) {
+    const auto a_v = widen<N>(load<N>(a + i));
+#pragma GCC unroll 4
+    for (int k = 0; k < K; ++k) sum[k] += a_v * widen<N>(load<N>(b[k] + i));
+  }
+  for (int k = 0; k < K; ++k) out[k] = lane_sum<double, N>(sum[k]);
+}
 template <class C>
 GTI_INLINE double dot(const C* a, const C* b, int64_t n) {
-  constexpr int N = 8;
-  Vec<double, N> sum = {};
-  int64_t i = 0;
-  for (; i + N <= n; i += N) sum += widen<N>(load<N>(a + i)) * widen<N>(load<N>(b + i));
-  double total = lane_sum<double, N>(sum);
-  for (; i < n; ++i) total += static_cast<double>(a[i]) * static_cast<double>(b[i]);
-  return total;
+  double out;
+  dots<1, C>(a, {b}, n, &out);
+  return out;
 }
 
 // (a, b) ← (a, r, b) · [[a0, b0], [a1, b1], [a2, b2]]
@@ -138,12 +185,13 @@ inline void top_eigenvector(double t[3][3], double* top) {
   double q[3][3] = {{1, 0, 0}, {0, 1, 0}, {0, 0, 1}};
   for (int sweep = 0; sweep < 12; ++sweep) {
     const double off = std::abs(t[0][1]) + std::abs(t[0][2]) + std::abs(t[1][2]);
-    if (off <= 1e-17 * (std::abs(t[0][0]) + std::abs(t[1][1]) + std::abs(t[2][2]))) break;
+    if (off <= 1e-16 * (std::abs(t[0][0]) + std::abs(t[1][1]) + std::abs(t[2][2]))) break;
     for (int i = 0; i < 2; ++i)
       for (int j = i + 1; j < 3; ++j) {
         if (t[i][j] == 0.0) continue;
         const double ratio = (t[j][j] - t[i][i]) / (2.0 * t[i][j]);
-        const double tan = std::copysign(1.0, ratio) / (std::abs(ratio) + std::hypot(1.0, ratio));
+        const double tan =
+            std::copysign(1.0, ratio) / (std::abs(ratio) + std::sqrt(1.0 + ratio * ratio));
         const double c = 1.0 / std::sqrt(1.0 + tan * tan), s = tan * c;
         for (int k = 0; k < 3; ++k) {
           const double x = t[k][i], y = t[k][j];
@@ -180,17 +228,17 @@ struct Settings {
 // y· = W·, z· = A·. r alone needs a pass, the images of v and s follow by linearity.
 template <class C>
 struct Iteration {
-  int64_t m, np;
+  int64_t mp, np;  // m and n, padded: what lies beyond them is zero
   Buffer<C> memory;
   C *v, *r, *s, *zv, *zr, *zs;  // [np]
-  C *yv, *yr, *ys;              // [m]
+  C *yv, *yr, *ys;              // [mp]
   double theta = 0.0, residual = 0.0;
   int64_t steps = 0;
 
-  Iteration(int64_t m, int64_t n) : m(m), np(padded<C>(n)), memory(6 * np + 3 * m) {
+  Iteration(int64_t m, int64_t n) : mp(padded<C>(m)), np(padded<C>(n)), memory(6 * np + 3 * mp) {
     C* at = memory.data();
     for (C** x : {&v, &r, &s, &zv, &zr, &zs}) *x = std::exchange(at, at + np);
-    for (C** y : {&yv, &yr, &ys}) *y = std::exchange(at, at + m);
+    for (C** y : {&yv, &yr, &ys}) *y = std::exchange(at, at + mp);
   }
 
   // The direction of the next pass and where its images go.
@@ -204,16 +252,18 @@ struct Iteration {
 // Returns true when the iteration is over.
 template <class C>
 GTI_INLINE bool update_any(Iteration<C>& it, const Settings& set) {
-  const int64_t m = it.m, np = it.np;
+  const int64_t mp = it.mp, np = it.np;
   ++it.steps;
   if (set.method == PowerMethod::cg && it.steps > 1) {
-    const C* y[3] = {it.yv, it.yr, it.ys};
     double t[3][3], top[3];
+    dots<3, C>(it.yv, {it.yv, it.yr, it.ys}, mp, t[0]);
+    dots<2, C>(it.yr, {it.yr, it.ys}, mp, &t[1][1]);
+    dots<1, C>(it.ys, {it.ys}, mp, &t[2][2]);
     for (int i = 0; i < 3; ++i)
-      for (int j = i; j < 3; ++j) t[i][j] = t[j][i] = dot(y[i], y[j], m);
+      for (int j = 0; j < i; ++j) t[i][j] = t[j][i];
     top_eigenvector(t, top);
     // The move (0, top₁, top₂) made orthonormal to the new v, in coordinates: nothing cancels.
-    const double move = std::hypot(top[1], top[2]);
+    const double move = std::sqrt(top[1] * top[1] + top[2] * top[2]);
     double to_s[3] = {0.0, 0.0, 1.0};
     if (move > 0.0) {
       to_s[0] = -move;
@@ -222,14 +272,15 @@ GTI_INLINE bool update_any(Iteration<C>& it, const Settings& set) {
     }
     combine(it.v, it.r, it.s, np, top, to_s);
     combine(it.zv, it.zr, it.zs, np, top, to_s);
-    combine(it.yv, it.yr, it.ys, m, top, to_s);
+    combine(it.yv, it.yr, it.ys, mp, top, to_s);
   }
-  it.theta = dot(it.yv, it.yv, m);
+  it.theta = dot(it.yv, it.yv, mp);
   const C theta = static_cast<C>(it.theta);
 #pragma omp simd
   for (int64_t j = 0; j < np; ++j) it.r[j] = it.zv[j] - theta * it.v[j];
-  const double length = std::sqrt(dot(it.r, it.r, np));
-  it.residual = it.theta > 0.0 ? length / it.theta : 0.0;
+  double on[3];  // r with r, v, s
+  dots<3, C>(it.r, {it.r, it.v, it.s}, np, on);
+  it.residual = it.theta > 0.0 ? std::sqrt(on[0]) / it.theta : 0.0;
   if (it.steps == set.max_steps || (it.residual <= set.tol && set.tol > 0.0)) return true;
 
   if (set.method == PowerMethod::power) {
@@ -239,16 +290,16 @@ GTI_INLINE bool update_any(Iteration<C>& it, const Settings& set) {
     for (int64_t j = 0; j < np; ++j) it.v[j] = norm > 0.0 ? scale * it.zv[j] : it.v[j];
     return false;
   }
-  // The residual of a Ritz vector is orthogonal to the space it came from, up to rounding.
-  double scale = length > 0.0 ? 1.0 / length : 0.0;
+  // The residual of a Ritz vector is orthogonal to the space it came from, up to rounding: what is
+  // left on v and s is taken off twice, and r made a unit vector, or zero if nothing is left of it.
+  double scale = on[0] > 0.0 ? 1.0 / std::sqrt(on[0]) : 0.0;
   for (int twice = 0; twice < 2 && scale > 0.0; ++twice) {
-    const C a = static_cast<C>(scale);
+    const C a = static_cast<C>(scale), on_v = static_cast<C>(on[1] * scale),
+            on_s = static_cast<C>(on[2] * scale);
 #pragma omp simd
-    for (int64_t j = 0; j < np; ++j) it.r[j] *= a;
-    const C on_v = static_cast<C>(dot(it.v, it.r, np)), on_s = static_cast<C>(dot(it.s, it.r, np));
-#pragma omp simd
-    for (int64_t j = 0; j < np; ++j) it.r[j] -= on_v * it.v[j] + on_s * it.s[j];
-    const double left = std::sqrt(dot(it.r, it.r, np));
+    for (int64_t j = 0; j < np; ++j) it.r[j] = a * it.r[j] - (on_v * it.v[j] + on_s * it.s[j]);
+    dots<3, C>(it.r, {it.r, it.v, it.s}, np, on);
+    const double left = std::sqrt(on[0]);
     scale = left > 100.0 * std::numeric_limits<C>::epsilon() ? 1.0 / left : 0.0;
   }
   const C a = static_cast<C>(scale);
@@ -321,11 +372,11 @@ struct Matrix {
     const int64_t n = item.n;
     const C* given = static_cast<const C*>(item.start);
     for (int64_t j = 0; given && j < n; ++j) it.v[j] = given[index * n + j];
-    double norm = given ? std::sqrt(dot(it.v, it.v, n)) : 0.0;
+    double norm = given ? std::sqrt(dot(it.v, it.v, it.np)) : 0.0;
     if (!(norm > 0.0 && std::isfinite(norm))) {
       for (int64_t j = 0; j < n; ++j)
         it.v[j] = start_element(set.seed, static_cast<uint64_t>(number), static_cast<uint64_t>(j));
-      norm = std::sqrt(dot(it.v, it.v, n));
+      norm = std::sqrt(dot(it.v, it.v, it.np));
     }
     for (int64_t j = 0; j < n; ++j) it.v[j] = static_cast<C>(it.v[j] / norm);
   }
@@ -373,7 +424,8 @@ struct Matrix {
       return;
     }
     const double inverse = 1.0 / static_cast<double>(scale);
-    const double wv = std::sqrt(dot(it.yv, it.yv, m)), length = std::sqrt(dot(it.v, it.v, n));
+    const double wv = std::sqrt(dot(it.yv, it.yv, it.mp));
+    const double length = std::sqrt(dot(it.v, it.v, it.np));
     item.sigma[index] = wv / length * inverse;
     for (int64_t j = 0; j < n; ++j) v[j] = static_cast<C>(it.v[j] / length);
     for (int64_t i = 0; i < m; ++i) u[i] = static_cast<C>(wv > 0.0 ? it.yv[i] / wv : i == 0);

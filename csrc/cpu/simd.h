@@ -1,6 +1,7 @@
 // Vectors of the compiler, loads and stores of the four element types, and per-ISA clones.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <concepts>
 #include <cstdint>
@@ -159,7 +160,7 @@ GTI_INLINE Vec<T, N> shuffle_by_index(const Vec<T, N>& a, const Vec<T, N>& b, co
 #define GTI_SHUFFLE(T, N, a, b, index) __builtin_shuffle(a, b, index)
 #endif
 
-// One step of `lane_sums`: a and b hold N/G sums of G lanes each; the result holds those of a, then
+// One step of `lane_sums`: a and b hold sums of G lanes each; the result holds those of a, then
 // those of b, with G/2 lanes each.
 template <class T, int N, int G>
 GTI_INLINE Vec<T, N> fold_pair(const Vec<T, N>& a, const Vec<T, N>& b) {
@@ -173,22 +174,25 @@ GTI_INLINE Vec<T, N> fold_pair(const Vec<T, N>& a, const Vec<T, N>& b) {
   return GTI_SHUFFLE(T, N, a, b, low) + GTI_SHUFFLE(T, N, a, b, high);
 }
 
-// out[r] = the sum of the lanes of v[r], r < 8: three steps fold eight vectors into one.
-template <class T, int N>
-GTI_INLINE void lane_sums(const Vec<T, N> (&v)[8], T* out) {
-  Vec<T, N> four[4], two[2];
-  for (int i = 0; i < 4; ++i) four[i] = fold_pair<T, N, N>(v[2 * i], v[2 * i + 1]);
-  for (int i = 0; i < 2; ++i) two[i] = fold_pair<T, N, N / 2>(four[2 * i], four[2 * i + 1]);
-  const Vec<T, N> one = fold_pair<T, N, N / 4>(two[0], two[1]);
-  if constexpr (N == 8) {
-    store(out, one);
+// The sums of the lanes of v[r], r < R, in the first R lanes of the result: each step folds pairs
+// of vectors into one, and the last one into itself.
+template <class T, int N, int G, int R>
+GTI_INLINE Vec<T, N> fold_all(const Vec<T, N> (&v)[R]) {
+  if constexpr (G == 1) {
+    return v[0];
   } else {
-    for (int r = 0; r < 8; ++r) out[r] = one[2 * r] + one[2 * r + 1];
+    Vec<T, N> half[(R + 1) / 2];
+    for (int i = 0; i < (R + 1) / 2; ++i)
+      half[i] = fold_pair<T, N, G>(v[2 * i], v[std::min(2 * i + 1, R - 1)]);
+    return fold_all<T, N, G / 2>(half);
   }
 }
-template <class T, int N>
-GTI_INLINE void lane_sums(const Vec<T, N> (&v)[1], T* out) {
-  out[0] = lane_sum<T, N>(v[0]);
+
+// out[r] = the sum of the lanes of v[r].
+template <class T, int N, int R>
+GTI_INLINE void lane_sums(const Vec<T, N> (&v)[R], T* out) {
+  const Vec<T, N> sums = fold_all<T, N, N>(v);
+  for (int r = 0; r < R; ++r) out[r] = sums[r];
 }
 
 // A zeroed array that begins on a cache line, so that no vector of it straddles two.

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, get_num_threads, is_grad_enabled
 
 from .. import backends
 from ..reference import kinetic_energy as reference
@@ -60,7 +60,7 @@ def _on_cpu(p: Any, inv_mass: Any, backend: str) -> Tensor | None:
     """The energy, or None where the call is not for the compiled kernel or an argument is odd."""
     if backends.compiled is None or backend not in ("auto", "cpu"):
         return None
-    recording, threads = torch.is_grad_enabled(), torch.get_num_threads()
+    recording, threads = is_grad_enabled(), get_num_threads()
     return backends.compiled.kinetic_energy(p, inv_mass, recording, threads)
 
 

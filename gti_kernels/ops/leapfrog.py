@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, get_num_threads, is_grad_enabled
 from torch.autograd.graph import increment_version
 
 from .. import backends
@@ -253,7 +253,7 @@ def _kick_on_cpu(p: Any, grad: Any, step: Any, damp: Any, backend: str) -> bool:
     compiled = backends.compiled
     if compiled is None or backend not in ("auto", "cpu"):
         return False
-    recording, threads = torch.is_grad_enabled(), torch.get_num_threads()
+    recording, threads = is_grad_enabled(), get_num_threads()
     try:
         done = compiled.kick_(p, grad, step, damp, recording, threads)
     except TypeError:  # a factor that is no float: the checks have the words
@@ -267,7 +267,7 @@ def _drift_on_cpu(q: Any, p: Any, step: Any, inv_mass: Any, backend: str) -> boo
     compiled = backends.compiled
     if compiled is None or backend not in ("auto", "cpu"):
         return False
-    recording, threads = torch.is_grad_enabled(), torch.get_num_threads()
+    recording, threads = is_grad_enabled(), get_num_threads()
     try:
         done = compiled.drift_(q, p, step, inv_mass, recording, threads)
     except TypeError:
@@ -283,7 +283,7 @@ def _kick_drift_on_cpu(
     compiled = backends.compiled
     if compiled is None or backend not in ("auto", "cpu"):
         return None
-    recording, threads = torch.is_grad_enabled(), torch.get_num_threads()
+    recording, threads = is_grad_enabled(), get_num_threads()
     try:
         energy = compiled.kick_drift_(q, p, grad, kick, drift, inv_mass, damp, recording, threads)
     except TypeError:

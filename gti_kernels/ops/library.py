@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+_is_compiling = torch.compiler.is_compiling
 _modes = torch._C._len_torch_dispatch_stack
 _transform_level = torch._C._functorch.maybe_current_level
 
@@ -32,7 +33,7 @@ def register(
 def is_plain_eager() -> bool:
     """True where a tensor is what it seems: no compiler, no transform, no mode watches the call."""
     return not (
-        torch.compiler.is_compiling()
+        _is_compiling()
         or _modes()
         or _transform_level() is not None
         or forward_ad._current_level >= 0

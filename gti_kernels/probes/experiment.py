@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..extras import require
 from ..models.data import LabelledImages, load_images
 from ..models.mlp import MLP
 from ..models.normalization import REGIMES
@@ -31,7 +32,6 @@ from .certificate_text import (
 )
 from .clock import add_seconds
 from .dose_response import MOMENTA, dose_response
-from ..extras import require
 
 TRAINING_BATCHES, TRAINING_BATCH = 168, 64
 PROBE_BATCH = 32
