@@ -19,6 +19,10 @@ constexpr int64_t kSmallBytes = 768 * 1024;  // of a packed matrix: it stays in 
 constexpr int64_t kPanelBytes = 128 * 1024;  // of a packed panel of a large matrix
 constexpr int64_t kBlockBytes = 256 * 1024;  // of a block of rows with a z of its own, at least
 constexpr int64_t kMaxBlocks = 64;
+// Vectors ahead in a row that are asked for: eight rows at a time are more than the hardware
+// follows.
+constexpr int64_t kAhead = 8;
+constexpr int64_t kShortRow = 4 * 1024, kMiddlingRow = 10 * 1024;  // bytes
 
 template <class C>
 constexpr int kLanes = 64 / sizeof(C);
@@ -48,7 +52,10 @@ GTI_INLINE void row_group(const C* w, int64_t np, const C* x, C* y, C* z, Sizes<
   for (int64_t j = 0; j < np; j += N) {
     const auto x_v = load<N>(x + j);
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) sum[r] += load<N>(w + r * np + j) * x_v;
+    for (int r = 0; r < R; ++r) {
+      __builtin_prefetch(w + r * np + j + kAhead * N);
+      sum[r] += load<N>(w + r * np + j) * x_v;
+    }
   }
   lane_sums<C, N>(sum, y);
   Vec<C, N> row[R] = {}, squares = {};
@@ -57,6 +64,7 @@ GTI_INLINE void row_group(const C* w, int64_t np, const C* x, C* y, C* z, Sizes<
     Vec<C, N> column = {};
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r) {
+      __builtin_prefetch(w + r * np + j + kAhead * N);
       const auto w_v = load<N>(w + r * np + j);
       z_v += y[r] * w_v;
       if constexpr (kMeasure) {
@@ -126,7 +134,12 @@ GTI_INLINE void panel_pass_any(const C* w, int64_t rows, int64_t np, const C* x,
     if (np == 3 * N) return narrow_pass<3>(w, rows, x, y, z);
     if (np == 4 * N) return narrow_pass<4>(w, rows, x, y, z);
   }
+  // Two rows of middling length stay in L1 with x and z until they are used again; eight long ones,
+  // or eight short ones, cost less per element.
+  const int64_t bytes = np * static_cast<int64_t>(sizeof(C));
   int64_t r = 0;
+  if (bytes > kShortRow && bytes <= kMiddlingRow)
+    for (; r + 2 <= rows; r += 2) row_group<2, kMeasure>(w + r * np, np, x, y + r, z, sizes);
   for (; r + 8 <= rows; r += 8) row_group<8, kMeasure>(w + r * np, np, x, y + r, z, sizes);
   for (; r < rows; ++r) row_group<1, kMeasure>(w + r * np, np, x, y + r, z, sizes);
 }
@@ -274,16 +287,18 @@ GTI_INLINE bool update_any(Iteration<C>& it, const Settings& set) {
     combine(it.zv, it.zr, it.zs, np, top, to_s);
     combine(it.yv, it.yr, it.ys, mp, top, to_s);
   }
-  it.theta = dot(it.yv, it.yv, mp);
-  const C theta = static_cast<C>(it.theta);
+  const bool last = it.steps == set.max_steps, power = set.method == PowerMethod::power;
+  double on[3] = {};                      // r with r, v, s
+  if (!power || last || set.tol > 0.0) {  // else nobody asks for the residual
+    it.theta = dot(it.yv, it.yv, mp);
+    const C theta = static_cast<C>(it.theta);
 #pragma omp simd
-  for (int64_t j = 0; j < np; ++j) it.r[j] = it.zv[j] - theta * it.v[j];
-  double on[3];  // r with r, v, s
-  dots<3, C>(it.r, {it.r, it.v, it.s}, np, on);
-  it.residual = it.theta > 0.0 ? std::sqrt(on[0]) / it.theta : 0.0;
-  if (it.steps == set.max_steps || (it.residual <= set.tol && set.tol > 0.0)) return true;
-
-  if (set.method == PowerMethod::power) {
+    for (int64_t j = 0; j < np; ++j) it.r[j] = it.zv[j] - theta * it.v[j];
+    power ? dots<1, C>(it.r, {it.r}, np, on) : dots<3, C>(it.r, {it.r, it.v, it.s}, np, on);
+    it.residual = it.theta > 0.0 ? std::sqrt(on[0]) / it.theta : 0.0;
+    if (last || (it.residual <= set.tol && set.tol > 0.0)) return true;
+  }
+  if (power) {
     const double norm = std::sqrt(dot(it.zv, it.zv, np));
     const C scale = static_cast<C>(1.0 / norm);
 #pragma omp simd
@@ -316,6 +331,9 @@ GTI_INLINE bool update_any(Iteration<C>& it, const Settings& set) {
                              Sizes<C>* sizes) {                                            \
     sizes ? panel_pass_any<true>(w, rows, np, x, y, z, sizes)                              \
           : panel_pass_any<false>(w, rows, np, x, y, z, sizes);                            \
+  }                                                                                        \
+  GTI_CLONES void scaled_copy(const C* x, int64_t n, C scale, C* out) {                    \
+    for (int64_t i = 0; i < n; ++i) out[i] = scale * x[i];                                 \
   }                                                                                        \
   GTI_CLONES bool update(Iteration<C>& it, const Settings& set) { return update_any(it, set); }
 GTI_POWER_ITERATION(double)
@@ -378,7 +396,7 @@ struct Matrix {
         it.v[j] = start_element(set.seed, static_cast<uint64_t>(number), static_cast<uint64_t>(j));
       norm = std::sqrt(dot(it.v, it.v, it.np));
     }
-    for (int64_t j = 0; j < n; ++j) it.v[j] = static_cast<C>(it.v[j] / norm);
+    scaled_copy(it.v, n, static_cast<C>(1.0 / norm), it.v);
   }
 
   // Looks at every entry: true where all are finite; the largest magnitude.
@@ -427,8 +445,11 @@ struct Matrix {
     const double wv = std::sqrt(dot(it.yv, it.yv, it.mp));
     const double length = std::sqrt(dot(it.v, it.v, it.np));
     item.sigma[index] = wv / length * inverse;
-    for (int64_t j = 0; j < n; ++j) v[j] = static_cast<C>(it.v[j] / length);
-    for (int64_t i = 0; i < m; ++i) u[i] = static_cast<C>(wv > 0.0 ? it.yv[i] / wv : i == 0);
+    scaled_copy(it.v, n, static_cast<C>(1.0 / length), v);
+    if (wv > 0.0)
+      scaled_copy(it.yv, m, static_cast<C>(1.0 / wv), u);
+    else
+      for (int64_t i = 0; i < m; ++i) u[i] = i == 0;
     item.residual[index] = it.residual;
     item.steps[index] = it.steps;
     item.converged[index] = it.residual <= set.tol;

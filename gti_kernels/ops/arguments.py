@@ -4,7 +4,7 @@ what was expected, what came, and the remedy."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +16,10 @@ InvMass = float | Sequence[float] | Tensor | Sequence[Tensor]
 
 
 def tensor_list(x: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    """A list of tensors as it is, a single tensor as a list of one."""
+    """A list of tensors as it is, a single tensor (or what is no list at all) as a list of one."""
     if isinstance(x, list):
         return x
-    return [x] if isinstance(x, Tensor) else list(x)
+    return list(x) if isinstance(x, Iterable) and not isinstance(x, Tensor) else [x]
 
 
 def finite(op: str, name: str, x: Any) -> float:

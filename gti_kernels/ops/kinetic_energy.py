@@ -49,7 +49,7 @@ def kinetic_energy(
         return energy
     ps = tensor_list(p)
     mass = inv_mass_list("kinetic_energy", inv_mass, ps)
-    refuse_derivative("kinetic_energy", ps, "Pass p.detach()")
+    refuse_derivative("kinetic_energy", [*ps, *mass], "Pass detached tensors")
     if is_plain_eager():
         return _kinetic_energy(ps, mass, [], backend)
     scalars, tensors = ([], mass) if mass and isinstance(mass[0], Tensor) else (mass, [])

@@ -99,7 +99,7 @@ def drift_(
         return
     qs, ps = tensor_list(q), tensor_list(p)
     step, mass = finite("drift_", "step", step), inv_mass_list("drift_", inv_mass, qs)
-    refuse_derivative("drift_", [*qs, *ps], _REMEDY)
+    refuse_derivative("drift_", [*qs, *ps, *mass], _REMEDY)
     if is_plain_eager():
         _drift_(qs, ps, step, mass, [], backend)
     else:
@@ -149,7 +149,7 @@ def kick_drift_(
     qs, ps, grads = tensor_list(q), tensor_list(p), tensor_list(grad)
     kick, drift = finite("kick_drift_", "kick", kick), finite("kick_drift_", "drift", drift)
     damp, mass = finite("kick_drift_", "damp", damp), inv_mass_list("kick_drift_", inv_mass, qs)
-    refuse_derivative("kick_drift_", [*qs, *ps, *grads], _REMEDY)
+    refuse_derivative("kick_drift_", [*qs, *ps, *grads, *mass], _REMEDY)
     if is_plain_eager():
         return _kick_drift_(qs, ps, grads, kick, drift, mass, [], damp, backend)
     return torch.ops.gti_kernels.kick_drift_(
@@ -185,8 +185,7 @@ def leapfrog_(
         q, p: positions and momenta, tensors or lists of the same shapes. Written. Parameters that
             require grad are accepted: the updates are not recorded.
         grad_fn: called with q, returns ∇L(q) as a tensor, or a list for a list. The last half kick
-        of
-            a step shares its gradient with the next: steps·stages + 1 calls, with 1 stage a step
+            of a step shares its gradient with the next: steps·stages + 1 calls, with 1 stage a step
             for order 2 and 3 for order 4.
         dt: time step [time]; negative goes back.
         inv_mass, backend: as in `kick_drift_`. damping: γ [1/time].
@@ -195,8 +194,7 @@ def leapfrog_(
 
     >>> import torch, gti_kernels as gti
     >>> q, p = torch.tensor([1.0], dtype=torch.float64), torch.tensor([0.0], dtype=torch.float64)
-    >>> gti.leapfrog_(q, p, lambda q: q, 0.1, steps=10)  # harmonic oscillator: q(1) ≈ cos 1 =
-    0.5403
+    >>> gti.leapfrog_(q, p, lambda q: q, 0.1, steps=10)  # q(1) ≈ cos 1 = 0.5403
     >>> q
     tensor([0.5396], dtype=torch.float64)
     """
@@ -217,11 +215,14 @@ def leapfrog_(
                 f"leapfrog_: grad_fn must return {'a tensor' if single else 'a list'} as q is one, "
                 f"got {type(grad).__name__}"
             )
+        grads = tensor_list(grad)
+        if len(grads) != len(qs):
+            raise ValueError(
+                f"leapfrog_: grad_fn must return one gradient for each of the {len(qs)} tensors of "
+                f"q, got {len(grads)}"
+            )
         # A quadratic's gradient may be q itself, which the drift is about to overwrite.
-        return [
-            g.clone() if g is q_t else g.detach()
-            for g, q_t in zip(tensor_list(grad), qs, strict=True)
-        ]
+        return [g.clone() if g is q_t else g.detach() for g, q_t in zip(grads, qs)]
 
     qs, ps = tensor_list(q), tensor_list(p)
     damp, kick = 1.0, 0.0  # what the stage before left undone: its half kick, then its half damping
@@ -289,7 +290,7 @@ def _kick_drift_on_cpu(
     except TypeError:
         return None
     if energy is not None:
-        increment_version([q, p] if isinstance(q, Tensor) else q + p)
+        increment_version([*tensor_list(q), *tensor_list(p)])
     return energy
 
 

@@ -44,7 +44,7 @@ def refuse_derivative(op: str, tensors: Iterable[Tensor], remedy: str) -> None:
     """Raises where a derivative through `op` is wanted: it would be silently zero."""
     if torch.is_grad_enabled():
         for t in tensors:
-            if t.requires_grad:
+            if isinstance(t, Tensor) and t.requires_grad:
                 raise RuntimeError(
                     f"{op} has no derivative, but an argument requires grad while gradients "
                     f"are recorded. {remedy}"
@@ -53,6 +53,8 @@ def refuse_derivative(op: str, tensors: Iterable[Tensor], remedy: str) -> None:
         return
     if _transform_level() is not None or forward_ad._current_level >= 0:
         for t in tensors:
+            if not isinstance(t, Tensor):
+                continue  # the checks have the words
             wrapped = torch._C._functorch.is_functorch_wrapped_tensor(t)
             if wrapped or forward_ad.unpack_dual(t).tangent is not None:
                 raise RuntimeError(

@@ -78,7 +78,7 @@ def power_iteration(
     >>> round(float(r.sigma), 4), bool(r.converged)
     (3.0, True)
     """
-    _check_settings(method, max_steps, tol)
+    _check_settings(method, max_steps, tol, seed)
     ws, batched = _weight_list(weights)
     with torch.no_grad():
         starts = _starts(start, ws, batched, k)
@@ -129,7 +129,7 @@ def top_singular_values(
     tensor([[1., 0.],
             [0., 0.]])
     """
-    _check_settings(method, max_steps, tol)
+    _check_settings(method, max_steps, tol, seed)
     ws, batched = _weight_list(weights)
     starts = _starts(start, ws, batched, k)
     options = (batched, k, method, max_steps, float(tol), seed, backend, len(ws))
@@ -139,13 +139,15 @@ def top_singular_values(
     return sigma.reshape(*ws[0].shape[:-2], k) if batched else sigma
 
 
-def _check_settings(method: str, max_steps: int, tol: float) -> None:
+def _check_settings(method: str, max_steps: int, tol: float, seed: int) -> None:
     if method not in ("cg", "power"):
         raise ValueError(f"power_iteration: method must be 'cg' or 'power', got {method!r}")
     if not isinstance(max_steps, int) or max_steps < 1:
         raise ValueError(f"power_iteration: max_steps must be an integer >= 1, got {max_steps!r}")
     if not (isinstance(tol, (int, float)) and math.isfinite(tol) and tol >= 0):
         raise ValueError(f"power_iteration: tol must be finite and at least 0, got {tol!r}")
+    if not isinstance(seed, int):
+        raise TypeError(f"power_iteration: seed must be an integer, got {seed!r}")
 
 
 def _weight_list(weights: Tensor | Sequence[Tensor]) -> tuple[list[Tensor], bool]:
@@ -175,6 +177,10 @@ def _starts(start: SingularTriples | None, ws: list[Tensor], batched: bool, k: i
     """The right vectors of an earlier result as tensors [B, n, k] of the compute type."""
     if start is None:
         return []
+    if not isinstance(start, SingularTriples):
+        raise TypeError(
+            f"power_iteration: start must be an earlier result, got {type(start).__name__}"
+        )
     vs = tensor_list(start.v)
     if len(vs) != len(ws):
         raise ValueError(
