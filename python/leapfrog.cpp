@@ -73,10 +73,16 @@ py::object py_kick_drift(py::handle q, py::handle p, py::handle grad, double kic
 
 }  // namespace
 
+// A factor must be a float: a tensor would be read by way of its __float__, and sync.
 void bind_leapfrog(py::module_& module) {
-  module.def("kick_", &py_kick);
-  module.def("drift_", &py_drift);
-  module.def("kick_drift_", &py_kick_drift);
+  using py::arg;
+  module.def("kick_", &py_kick, arg("p"), arg("grad"), arg("step").noconvert(),
+             arg("damp").noconvert(), arg("recording"), arg("threads"));
+  module.def("drift_", &py_drift, arg("q"), arg("p"), arg("step").noconvert(), arg("inv_mass"),
+             arg("recording"), arg("threads"));
+  module.def("kick_drift_", &py_kick_drift, arg("q"), arg("p"), arg("grad"),
+             arg("kick").noconvert(), arg("drift").noconvert(), arg("inv_mass"),
+             arg("damp").noconvert(), arg("recording"), arg("threads"));
 }
 
 }  // namespace gti

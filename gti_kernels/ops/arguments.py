@@ -121,14 +121,14 @@ def check_disjoint(
         for kind, lists in ((True, written), (False, read))
         for name, tensors in lists.items()
         for i, t in enumerate(tensors)
-        if t.numel()
+        if t.numel() and not t.is_meta
     ]
     for name, tensors in written.items():
         for i, t in enumerate(tensors):
-            if torch._debug_has_internal_overlap(t) == 1:
+            if _may_overlap_itself(t):
                 raise ValueError(
-                    f"{op}: {name}[{i}] is written and must not overlap itself (an expanded "
-                    f"tensor). Pass {name}[{i}].clone()"
+                    f"{op}: {name}[{i}] is written and must not overlap itself, got strides "
+                    f"{t.stride()} for shape {tuple(t.shape)}. Pass {name}[{i}].clone()"
                 )
     spans.sort(key=lambda s: s[0])
     end, last = -1, ""  # of the written span that reaches furthest
@@ -146,6 +146,16 @@ def check_disjoint(
             far, reader = high, name
 
 
+def _may_overlap_itself(t: Tensor) -> bool:
+    """True unless each stride steps over all that the smaller ones reach."""
+    reach = 0
+    for stride, size in sorted((s, n) for n, s in zip(t.shape, t.stride()) if n != 1):
+        if stride <= reach and t.numel():
+            return True
+        reach += (size - 1) * stride
+    return False
+
+
 def _span(t: Tensor) -> tuple[int, int]:
     """First and one past the last byte that a strided tensor can touch."""
     low = t.data_ptr()
@@ -153,9 +163,20 @@ def _span(t: Tensor) -> tuple[int, int]:
     return low, low + (extent + 1) * t.element_size()
 
 
+def subclasses(**lists: Sequence[Tensor]) -> str | None:
+    """Why a kernel may not look into the memory of these tensors, or None."""
+    for name, tensors in lists.items():
+        for i, t in enumerate(tensors):
+            if type(t) not in (Tensor, torch.nn.Parameter):
+                return f"{name}[{i}] is a {type(t).__name__}, which may keep its values elsewhere"
+    return None
+
+
 def unlike_layouts(**lists: Sequence[Tensor]) -> str | None:
     """Why entries of the same place cannot be walked through as flat memory together, or None."""
     (first, tensors), *others = lists.items()
+    if (reason := subclasses(**lists)) is not None:
+        return reason
     for i, a in enumerate(tensors):
         if not _is_dense(a):
             return (

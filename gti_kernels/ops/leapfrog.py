@@ -196,7 +196,7 @@ def leapfrog_(
     >>> q, p = torch.tensor([1.0], dtype=torch.float64), torch.tensor([0.0], dtype=torch.float64)
     >>> gti.leapfrog_(q, p, lambda q: q, 0.1, steps=10)  # q(1) ≈ cos 1 = 0.5403
     >>> q
-    tensor([0.5396], dtype=torch.float64)
+    tensor([0.5400], dtype=torch.float64)
     """
     if order not in _STAGES:
         raise ValueError(f"leapfrog_: order must be 2 or 4, got {order!r}")

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import backends
 from ..conventions import compute_dtype
 from ..reference import power_iteration as reference
-from .arguments import check_float_tensors, tensor_list
+from .arguments import check_float_tensors, subclasses, tensor_list
 from .library import is_plain_eager, refuse_derivative, register
 
 Outputs = tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor, Tensor, Tensor]
@@ -94,8 +94,8 @@ def power_iteration(
     batch = ws[0].shape[:-2]
     return SingularTriples(
         sigma.view(*batch, k),
-        u[0].view(*batch, -1, k),
-        v[0].view(*batch, -1, k),
+        u[0].view(*batch, ws[0].shape[-2], k),
+        v[0].view(*batch, ws[0].shape[-1], k),
         residual.view(*batch, k),
         steps.view(batch),
         converged.view(batch),
@@ -210,8 +210,8 @@ def limits_of_power_iteration(
                 f"power_iteration: k must be an integer between 1 and min(m, n) = {min(m, n)} of "
                 f"weights[{i}], got {k!r}"
             )
-    only_one = "it finds one triple a matrix, k = 1"
-    return ws[0].device, {"cpu": only_one, "triton": only_one} if k > 1 else {}
+    reason = "it finds one triple a matrix, k = 1" if k > 1 else subclasses(weights=ws)
+    return ws[0].device, {} if reason is None else {"cpu": reason, "triton": reason}
 
 
 def _power_iteration(
@@ -238,7 +238,8 @@ def _power_iteration(
 
         out = triton.power_iteration(flat, *settings)
     else:
-        out = reference.power_iteration(flat, *settings)
+        with torch.autocast(device.type, enabled=False):
+            out = reference.power_iteration(flat, *settings)
     sigma, u, v, residual, steps, converged, upper = out
     if not batched:
         u, v = [x.squeeze(0) for x in u], [x.squeeze(0) for x in v]
@@ -325,7 +326,9 @@ class _Sigma(torch.autograd.Function):
         grads = []
         for u, v, g, (shape, dtype) in zip(us, vs, grad_sigma.split(ctx.counts), ctx.like):
             g = g.to(u.dtype) if u.ndim == 2 else g.to(u.dtype).unsqueeze(-2)  # [1, k], [B, 1, k]
-            grads.append(((u * g) @ v.mT).reshape(shape).to(dtype))
+            # Σ_k g u vᵀ without a matmul, which autocast would narrow.
+            outer = sum((u * g)[..., i, None] * v[..., None, :, i] for i in range(u.shape[-1]))
+            grads.append(outer.reshape(shape).to(dtype))  # type: ignore[union-attr]
         return (None, *grads, *[None] * ctx.extra)
 
 
@@ -340,7 +343,8 @@ class _SigmaForward(_Sigma):
         parts = []
         for u, v, t, (shape, _) in zip(us, vs, tangents, ctx.like):
             t = torch.zeros(shape, dtype=u.dtype, device=u.device) if t is None else t.to(u.dtype)
-            moved = t.reshape(*u.shape[:-1], v.shape[-2]) @ v
+            with torch.autocast(u.device.type, enabled=False):
+                moved = t.reshape(*u.shape[:-1], v.shape[-2]) @ v
             parts.append((moved * u).sum(-2).reshape(-1, u.shape[-1]).to(real))
         return (torch.cat(parts), *[None] * (2 * count))
 

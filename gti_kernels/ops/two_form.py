@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import backends
 from ..reference import two_form as reference
-from .arguments import check_alike, tensor_list
+from .arguments import check_alike, subclasses, tensor_list
 from .library import is_plain_eager, refuse_derivative, register
 
 
@@ -111,7 +111,8 @@ def limits_of_two_form(
         raise ValueError(
             f"two_form: dq must have at least one coordinate, got {tuple(dqs[0].shape)}"
         )
-    return dqs[0].device, {}
+    reason = subclasses(dq=dqs, dp=dps)
+    return dqs[0].device, {} if reason is None else {"cpu": reason, "triton": reason}
 
 
 def _fake(

@@ -1,0 +1,397 @@
+"""Singular triples of matrices with prescribed spectra: bounds, honest residuals, edge cases."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import gti_kernels as gti
+from gti_kernels import testing
+from gti_kernels.conventions import compute_dtype
+from gti_kernels.reference.power_iteration import start_vectors
+
+BACKENDS = ("cpu", "reference")
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES)
+every_method = pytest.mark.parametrize("method", ["cg", "power"])
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small matrices: threads only get in each other's way. A test that wants more says so."""
+    torch.set_num_threads(1)
+
+
+def numbers(*shape, dtype=torch.float64, seed=0):
+    return testing.numbers(*shape, dtype=dtype, device="cpu", seed=seed)
+
+
+def index(n: int) -> torch.Tensor:
+    return torch.arange(n, dtype=torch.float64)
+
+
+def spectra(n: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    exponents = torch.rand(n, generator=generator, dtype=torch.float64).sort().values
+    return {
+        "geometric": 0.7 ** index(n),
+        "arithmetic": 1 - index(n) / n,
+        "condition 1e4": 1e-4**exponents,
+        "condition 1e16": 1e-16**exponents,
+        "tie": torch.cat([torch.ones(2), 0.5 ** index(n)[1:-1]])[:n],
+        "all equal": torch.ones(n),
+        "rank 1": torch.ones(1),
+    }
+
+
+def svdvals(w: torch.Tensor) -> torch.Tensor:
+    """In fp64, away from over- and underflow."""
+    w = w.double()
+    scale = 2.0 ** math.floor(math.log2(float(w.abs().max()))) if w.any() else 1.0
+    return torch.linalg.svdvals(w / scale) * scale
+
+
+def check_triples(w: torch.Tensor, r: gti.SingularTriples, tol: float = 1e-4) -> None:
+    """What holds for the result of any one matrix w [m, n], converged or not."""
+    eps = torch.finfo(r.v.dtype).eps
+    size = float(w.double().abs().max())
+    a, u, v = w.double() / size, r.u.double()[:, 0], r.v.double()[:, 0]
+    true, sigma = torch.linalg.svdvals(a), float(r.sigma) / size
+    # The result of a list is in the widest compute type: read back, sigma has its own rounding.
+    assert sigma <= float(true[0]) * (1 + 32 * eps)
+    assert float(r.upper) / size >= float(true[0]) * (1 - 2.0**-50)
+    assert float(u.norm()) == pytest.approx(1, abs=8 * eps)
+    assert float(v.norm()) == pytest.approx(1, abs=8 * eps)
+    assert float((a @ v - sigma * u).norm()) <= 64 * eps * sigma
+    theta = float((a @ v).square().sum())
+    residual = float((a.T @ (a @ v) - theta * v).norm()) / theta
+    assert float(r.residual) == pytest.approx(residual, rel=1e-3, abs=64 * eps)
+    assert bool(r.converged) == (float(r.residual) <= tol)
+    # Some σ² lies within the residual of θ.
+    assert float((true.square() - theta).abs().min()) <= (residual + 64 * eps) * theta
+
+
+# ---- prescribed spectra --------------------------------------------------------------------------
+
+
+@every_backend
+@every_method
+@every_dtype
+def test_spectra(dtype, method, backend):
+    for name, s in spectra(40).items():
+        for m, n in ((60, 40), (40, 60)):
+            w = testing.with_spectrum(s, m, n, dtype=dtype, seed=m)
+            tol = 1e-5
+            r = gti.power_iteration(w, method=method, tol=tol, max_steps=60, backend=backend)
+            check_triples(w, r, tol)
+            if method == "cg" or name in ("geometric", "rank 1"):
+                assert bool(r.converged), name
+            if bool(r.converged):
+                assert float(r.sigma) == pytest.approx(float(svdvals(w)[0]), rel=1e-4)
+
+
+@every_backend
+@pytest.mark.parametrize(
+    "shape", [(1, 37), (37, 1), (1, 1), (2, 500), (500, 2), (3000, 8), (8, 3000)]
+)
+def test_thin_matrices(shape, backend):
+    for dtype in DTYPES:
+        w = numbers(*shape, dtype=dtype)
+        r = gti.power_iteration(w, tol=1e-5, backend=backend)
+        assert bool(r.converged)
+        check_triples(w, r, 1e-5)
+        assert float(r.sigma) == pytest.approx(float(svdvals(w)[0]), rel=1e-5)
+
+
+@every_dtype
+def test_every_small_shape(dtype):
+    """Tails of every length in both directions, one call."""
+    ws = [numbers(m, n, dtype=dtype, seed=97 * m + n) for m in range(1, 20) for n in range(1, 41)]
+    true = torch.stack([svdvals(w)[0] for w in ws])
+    r = gti.power_iteration(ws, tol=1e-5, max_steps=400, backend="cpu")
+    assert bool(r.converged.all())
+    torch.testing.assert_close(r.sigma[:, 0].double(), true, rtol=1e-5, atol=0)
+    assert bool((r.upper.double() >= true * (1 - 2.0**-50)).all())
+    for i in range(0, len(ws), 7):
+        one = gti.SingularTriples(*(x[i] for x in r))
+        check_triples(ws[i], one, 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(65536, 8), (1500, 700), (700, 1501), (16, 65536), (20001, 40)])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_large_matrices(shape, threads):
+    torch.set_num_threads(threads)
+    s = 0.8 ** index(min(*shape, 30))
+    for dtype in (torch.float32, torch.bfloat16):
+        w = testing.with_spectrum(s, *shape, dtype=dtype)
+        r = gti.power_iteration(w, tol=1e-5, backend="cpu")
+        u, v = r.u.double()[:, 0], r.v.double()[:, 0]
+        assert bool(r.converged)
+        assert float(r.sigma) == pytest.approx(1.0, rel=1e-6 if dtype == torch.float32 else 1e-2)
+        a = w.double()
+        assert float((a @ v - float(r.sigma) * u).norm()) <= 1e-5
+        assert float((a.T @ u - float(r.sigma) * v).norm()) <= 2e-5
+        one_inf = (a.abs().sum(0).max() * a.abs().sum(1).max()).sqrt()
+        least = float(torch.minimum(a.norm(), one_inf))
+        assert least * (1 - 1e-6) <= float(r.upper) <= least * 1.02
+
+
+@every_backend
+@pytest.mark.parametrize("shape", [(30, 20), (600, 400)], ids=["small", "large"])
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [
+        (torch.float32, 1e30),
+        (torch.float32, 1e-30),
+        (torch.float32, 1e-42),
+        (torch.bfloat16, 1e30),
+        (torch.bfloat16, 1e-30),
+        (torch.float16, 6e4),
+        (torch.float16, 1e-6),
+        (torch.float64, 1e300),
+        (torch.float64, 1e-300),
+        (torch.float64, 1e-320),
+    ],
+)
+def test_scales(dtype, scale, shape, backend):
+    unit = testing.with_spectrum(0.5 ** index(20), *shape)
+    w = (unit / unit.abs().max() * scale).to(dtype)
+    assert bool(w.isfinite().all()) and bool(w.any())
+    r = gti.power_iteration(w, tol=1e-5, backend=backend)
+    # At 1e-42 σ itself is subnormal in fp32: its spacing is what is left.
+    spacing = torch.finfo(r.sigma.dtype).smallest_normal * torch.finfo(r.sigma.dtype).eps
+    assert bool(r.converged)
+    if float(r.sigma) != math.inf:  # σ may leave the range of its dtype
+        true = float(svdvals(w)[0])
+        assert float(r.sigma) == pytest.approx(true, rel=1e-5, abs=spacing)
+        assert float(r.upper) >= true * (1 - 1e-12) - spacing
+    assert float(r.u.double().norm()) == pytest.approx(1, abs=1e-6)
+
+
+# ---- steps ---------------------------------------------------------------------------------------
+
+
+@every_backend
+def test_cg_needs_a_fraction_of_the_steps_and_a_warm_start_fewer(backend):
+    w = testing.with_spectrum(1 - index(100) / 100, 120, 100)
+    steps = {
+        method: int(
+            gti.power_iteration(w, method=method, max_steps=2000, tol=1e-4, backend=backend).steps
+        )
+        for method in ("cg", "power")
+    }
+    assert 5 * steps["cg"] <= steps["power"] < 2000
+    cold = gti.power_iteration(w, tol=1e-6, backend=backend)
+    moved = w + 1e-4 * numbers(120, 100)
+    again = gti.power_iteration(moved, tol=1e-4, start=cold, backend=backend)
+    afresh = gti.power_iteration(moved, tol=1e-4, backend=backend)
+    assert int(again.steps) < int(afresh.steps)
+    same = gti.power_iteration(w, tol=1e-5, start=cold, backend=backend)
+    assert int(same.steps) == 1 and bool(same.converged)
+
+
+@every_backend
+@every_method
+def test_tol_0_means_exactly_max_steps(method, backend):
+    w = testing.with_spectrum(0.5 ** index(5), 7, 5)
+    for steps in (1, 2, 17):
+        r = gti.power_iteration(
+            [w, torch.eye(3), torch.ones(4, 1)],
+            method=method,
+            tol=0.0,
+            max_steps=steps,
+            backend=backend,
+        )
+        assert r.steps.tolist() == [steps] * 3
+    slow = gti.power_iteration(w, method=method, tol=1e-14, max_steps=2, backend=backend)
+    assert int(slow.steps) == 2 and not bool(slow.converged)
+
+
+@every_backend
+def test_more_steps_never_lower_sigma(backend):
+    w = numbers(30, 20)
+    for method in ("cg", "power"):
+        sigmas = [
+            float(
+                gti.power_iteration(w, method=method, tol=0.0, max_steps=k, backend=backend).sigma
+            )
+            for k in range(1, 15)
+        ]
+        assert all(b >= a * (1 - 1e-14) for a, b in zip(sigmas, sigmas[1:]))
+
+
+@every_backend
+def test_the_power_method_step_by_step(backend):
+    w = numbers(9, 6)
+    v = start_vectors(5, 0, 6, 1, torch.device("cpu")).double()
+    for steps in range(1, 6):
+        v = v / v.norm()
+        r = gti.power_iteration(
+            w, method="power", tol=0.0, max_steps=steps, seed=5, backend=backend
+        )
+        torch.testing.assert_close(r.v, v, rtol=0, atol=1e-13)
+        assert float(r.sigma) == pytest.approx(float((w @ v).norm()), rel=1e-13)
+        v = w.T @ (w @ v)
+
+
+@every_backend
+def test_cg_step_by_step_is_the_best_of_its_search_space(backend):
+    """Two passes: the best v in span[v, Av]; no step is better."""
+    w = numbers(9, 6)
+    a = w.T @ w
+    v = start_vectors(0, 0, 6, 1, torch.device("cpu")).double()
+    basis = torch.linalg.qr(torch.cat([v, a @ v], 1))[0]
+    best = torch.linalg.eigvalsh(basis.T @ a @ basis)[-1].sqrt()
+    r = gti.power_iteration(w, tol=0.0, max_steps=2, backend=backend)
+    assert float(r.sigma) == pytest.approx(float(best), rel=1e-12)
+    basis = torch.linalg.qr(torch.cat([v, a @ v, a @ a @ v], 1))[0]
+    best = torch.linalg.eigvalsh(basis.T @ a @ basis)[-1].sqrt()
+    r = gti.power_iteration(w, tol=0.0, max_steps=3, backend=backend)
+    assert float(r.sigma) == pytest.approx(float(best), rel=1e-12)
+
+
+# ---- start vectors -------------------------------------------------------------------------------
+
+
+@every_backend
+@pytest.mark.parametrize("seed", [0, 1, -1, 2**62 + 12345])
+def test_start_vectors_are_the_same_bits_on_every_backend(seed, backend):
+    """After one pass v is the start vector, made a unit vector; its elements have 24 bits."""
+    ws = [numbers(4, 37), numbers(5, 3, 4), numbers(40, 1)]
+    r = gti.power_iteration(ws, tol=0.0, max_steps=1, seed=seed, backend=backend)
+    for i, v in enumerate(r.v):
+        start = start_vectors(seed, i, v.shape[0], 1, v.device).double()
+        torch.testing.assert_close(v * start.norm(), start, rtol=0, atol=1e-13)
+    batch = numbers(3, 4, 11)
+    r = gti.power_iteration(batch, tol=0.0, max_steps=1, seed=seed, backend=backend)
+    for i, v in enumerate(r.v):
+        start = start_vectors(seed, i, 11, 1, v.device).double()
+        torch.testing.assert_close(v * start.norm(), start, rtol=0, atol=1e-13)
+
+
+@every_backend
+def test_seeds_are_reproducible(backend):
+    w = numbers(2, 9, 7)
+    a, b, c = (gti.power_iteration(w, max_steps=3, seed=s, backend=backend) for s in (1, 1, 2))
+    assert torch.equal(a.v, b.v) and not torch.equal(a.v, c.v)
+    assert not torch.equal(a.v[0], a.v[1])
+
+
+def test_start_vectors_look_random():
+    x = start_vectors(0, 0, 100_000, 1, torch.device("cpu")).double().flatten()
+    assert abs(float(x.mean())) < 0.01 and abs(float(x.square().mean()) - 1 / 3) < 0.01
+    assert float(x.abs().max()) < 1 and x.unique().numel() > 99_000
+    assert abs(float((x[1:] * x[:-1]).mean())) < 0.01
+
+
+# ---- edge cases ----------------------------------------------------------------------------------
+
+
+@every_backend
+@every_method
+@every_dtype
+def test_a_zero_matrix(dtype, method, backend):
+    r = gti.power_iteration(torch.zeros(5, 7, dtype=dtype), method=method, backend=backend)
+    assert float(r.sigma) == 0.0 and float(r.upper) == 0.0 and float(r.residual) == 0.0
+    assert bool(r.converged)
+    assert float(r.u.norm()) == pytest.approx(1) and float(r.v.norm()) == pytest.approx(1)
+
+
+@every_backend
+@every_dtype
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_bad_item_is_nan_and_the_others_are_right(bad, dtype, backend):
+    good = numbers(5, 9, 7, dtype=dtype)
+    expected = gti.power_iteration(good, tol=1e-5, backend=backend)
+    for row, column in ((0, 0), (8, 6), (4, 3)):
+        w = good.clone()
+        w[2, row, column] = bad
+        r = gti.power_iteration(w, tol=1e-5, backend=backend)
+        as_list = gti.power_iteration(list(w), tol=1e-5, backend=backend)
+        for i in range(5):
+            if i == 2:
+                numbers_of = (r.sigma[i], r.u[i], r.v[i], r.residual[i], r.upper[i])
+                assert all(bool(x.isnan().all()) for x in numbers_of)
+                assert not bool(r.converged[i]) and not bool(as_list.converged[i])
+                assert bool(as_list.sigma[i].isnan().all())
+            else:
+                assert torch.equal(r.sigma[i], expected.sigma[i])
+                assert torch.equal(r.u[i], expected.u[i]) and torch.equal(r.v[i], expected.v[i])
+                assert torch.equal(as_list.sigma[i], expected.sigma[i])
+                assert bool(r.converged[i])
+
+
+@pytest.mark.parametrize("at", [(0, 0), (899, 499), (400, 8)])
+def test_a_nan_in_a_large_matrix(at):
+    w = torch.ones(900, 500)
+    w[at] = math.nan
+    r = gti.power_iteration([w, torch.eye(3)], backend="cpu")
+    assert r.sigma.isnan().flatten().tolist() == [True, False]
+    assert r.converged.tolist() == [False, True]
+
+
+@every_backend
+def test_an_empty_batch(backend):
+    r = gti.power_iteration(torch.zeros(0, 4, 3), backend=backend)
+    shapes = [tuple(x.shape) for x in r]
+    assert shapes == [(0, 1), (0, 4, 1), (0, 3, 1), (0, 1), (0,), (0,), (0,)]
+    r = gti.power_iteration(torch.zeros(2, 0, 4, 3), backend=backend)
+    assert r.sigma.shape == (2, 0, 1) and r.u.shape == (2, 0, 4, 1)
+    assert r.converged.dtype == torch.bool and r.steps.dtype == torch.int64
+
+
+@every_backend
+def test_shapes_and_dtypes(backend):
+    r = gti.power_iteration(numbers(2, 3, 6, 4, dtype=torch.bfloat16), backend=backend)
+    assert (r.sigma.shape, r.u.shape, r.v.shape) == ((2, 3, 1), (2, 3, 6, 1), (2, 3, 4, 1))
+    assert r.sigma.dtype == r.u.dtype == r.v.dtype == r.upper.dtype == torch.float32
+    ws = [numbers(6, 2, 3, 3, dtype=torch.float16), numbers(5, 4), numbers(2, 9).float()]
+    r = gti.power_iteration(ws, tol=1e-6, backend=backend)
+    assert r.sigma.shape == (3, 1) and r.sigma.dtype == torch.float64
+    assert [tuple(v.shape) for v in r.v] == [(18, 1), (4, 1), (9, 1)]
+    assert [v.dtype for v in r.v] == [compute_dtype(w.dtype) for w in ws]
+    true = torch.stack([svdvals(w.flatten(1))[0] for w in ws])
+    torch.testing.assert_close(r.sigma[:, 0], true, rtol=1e-6, atol=0)
+
+
+@every_backend
+def test_a_start_of_no_use_is_replaced(backend):
+    w = numbers(6, 4)
+    earlier = gti.power_iteration(w, backend=backend)
+    for useless in (0.0, math.nan):
+        start = earlier._replace(v=torch.full_like(earlier.v, useless))
+        r = gti.power_iteration(w, tol=1e-9, start=start, backend=backend)
+        assert float(r.sigma) == pytest.approx(float(svdvals(w)[0]), rel=1e-9)
+
+
+@every_method
+@every_dtype
+def test_several_triples(dtype, method):
+    w = testing.with_spectrum(0.6 ** index(12), 20, 12, dtype=dtype)
+    k = 4
+    r = gti.power_iteration(w, k=k, method=method, tol=1e-5, max_steps=300)
+    eps = torch.finfo(r.u.dtype).eps
+    assert bool(r.converged) and r.sigma.shape == (k,)
+    torch.testing.assert_close(r.sigma.double(), svdvals(w)[:k], rtol=1e-4, atol=0)
+    assert bool((r.sigma[:-1] >= r.sigma[1:]).all())
+    eye = torch.eye(k, dtype=torch.float64)
+    for x in (r.u.double(), r.v.double()):
+        torch.testing.assert_close(x.T @ x, eye, rtol=0, atol=200 * eps)
+    assert float((w.double() @ r.v.double() - r.u.double() * r.sigma).abs().max()) <= 200 * eps
+    start = gti.power_iteration(w, k=k, tol=1e-5, start=r)
+    assert int(start.steps) <= 2
+
+
+def test_as_many_triples_as_there_are():
+    batch = numbers(2, 4, 6)
+    r = gti.power_iteration(batch, k=4, tol=1e-10, max_steps=500)
+    torch.testing.assert_close(r.sigma, torch.linalg.svdvals(batch))
+    back = r.u @ torch.diag_embed(r.sigma) @ r.v.mT
+    torch.testing.assert_close(back, batch)
+    low = testing.with_spectrum(torch.tensor([2.0, 1.0]), 6, 5)
+    r = gti.power_iteration(low, k=4, tol=1e-8)
+    torch.testing.assert_close(r.u.T @ r.u, torch.eye(4, dtype=torch.float64))
+    assert r.sigma[2:].abs().max() <= 1e-12

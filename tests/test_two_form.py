@@ -1,0 +1,257 @@
+"""ω(z₁, z₂) = q₁·p₂ − p₁·q₂: exact cases, ill-conditioned ones against rational arithmetic."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+
+import gti_kernels as gti
+from gti_kernels import testing
+from gti_kernels.conventions import symplectic_matrix
+
+BACKENDS = ("cpu", "reference")
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES)
+
+
+def numbers(*shape, dtype=torch.float64, seed=0):
+    return testing.numbers(*shape, dtype=dtype, device="cpu", seed=seed)
+
+
+def integers(*shape, dtype=torch.float64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-9, 10, shape, generator=generator).to(dtype)
+
+
+def exact(q: torch.Tensor, p: torch.Tensor, i: int, j: int) -> tuple[Fraction, Fraction]:
+    """Ω_ij and S_ij without any rounding."""
+    qi, pi, qj, pj = ([Fraction(x) for x in row.tolist()] for row in (q[i], p[i], q[j], p[j]))
+    omega = sum((a * d - b * c for a, b, c, d in zip(qi, pi, qj, pj)), Fraction(0))
+    metric = sum((a * c + b * d for a, b, c, d in zip(qi, pi, qj, pj)), Fraction(0))
+    return omega, metric
+
+
+def assert_skew(t: gti.TwoForm) -> None:
+    """To the bit: a sum that is kept once for both."""
+    nan = t.omega.isnan()
+    assert torch.equal(nan, nan.T)
+    zero = torch.zeros((), dtype=torch.float64)
+    assert torch.equal(t.omega.where(~nan, zero), -t.omega.T.where(~nan, zero))
+    assert bool((t.omega.diagonal().nan_to_num() == 0).all())
+    if t.metric is not None:
+        assert torch.equal(t.metric.nan_to_num(), t.metric.T.nan_to_num())
+
+
+# ---- cases without rounding ----------------------------------------------------------------------
+
+
+@every_backend
+@every_dtype
+def test_integers_are_exact(dtype, backend):
+    for m, n in ((1, 1), (2, 3), (3, 40), (5, 2049), (7, 100), (8, 17), (13, 33)):
+        q, p = integers(m, n, dtype=dtype, seed=m), integers(m, n, dtype=dtype, seed=n + 50)
+        t = gti.two_form(q, p, metric=True, backend=backend)
+        q, p = q.double(), p.double()
+        assert torch.equal(t.omega, q @ p.T - p @ q.T)
+        assert torch.equal(t.metric, q @ q.T + p @ p.T)
+        assert_skew(t)
+
+
+@every_backend
+@every_dtype
+def test_a_darboux_basis_gives_j(dtype, backend):
+    n = 20
+    q = torch.cat([torch.eye(n), torch.zeros(n, n)]).to(dtype)
+    p = torch.cat([torch.zeros(n, n), torch.eye(n)]).to(dtype)
+    t = gti.two_form(q, p, metric=True, backend=backend)
+    assert torch.equal(t.omega, symplectic_matrix(n))
+    assert torch.equal(t.metric, torch.eye(2 * n, dtype=torch.float64))
+
+
+@every_backend
+def test_a_lagrangian_subspace_has_no_area(backend):
+    """dp = S dq with S symmetric."""
+    q, s = integers(6, 30), integers(30, 30, seed=1)
+    s = s + s.T
+    assert float(gti.two_form(q, q @ s, backend=backend).omega.abs().max()) == 0.0
+    q, s = numbers(6, 3000), numbers(3000, seed=1)
+    t = gti.two_form(q, q * s, backend=backend)
+    products = 2.0**-53 * (q.abs() @ (q * s).abs().T + (q * s).abs() @ q.abs().T)
+    assert bool((t.omega.abs() <= t.error_bound + products).all())
+
+
+@every_backend
+def test_a_symplectic_map_keeps_omega(backend):
+    n, m = 12, 5
+    z = integers(2 * n, m)
+    before = gti.two_form(z[:n].T, z[n:].T, backend=backend).omega
+    for seed in range(4):  # shears (I S; 0 I) and (I 0; T I) generate the group
+        s, t = integers(n, n, seed=seed), integers(n, n, seed=seed + 9)
+        q, p = z[:n], z[n:]
+        q = q + (s + s.T) @ p
+        p = p + (t + t.T) @ q
+        after = gti.two_form(q.T, p.T, backend=backend).omega
+        assert torch.equal(before, after)
+
+
+# ---- rounding ------------------------------------------------------------------------------------
+
+
+def ill_conditioned(n: int, dtype: torch.dtype, spread: int, seed: int):
+    """Two vectors whose Ω cancels down to the last bits of a few terms: up to 1e16 in fp64."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw():
+        exponents = torch.randint(-spread, spread + 1, (n,), generator=generator)
+        return (numbers(n, seed=seed) * 2.0 ** exponents.double()).to(dtype)
+
+    q1, p2 = draw(), draw() * 1.5
+    q2 = p2.clone()
+    last = torch.randint(0, n, (max(1, n // 8),), generator=generator)
+    q2[last] = (q2[last].double() * (1 + torch.finfo(dtype).eps)).to(dtype)
+    order = torch.randperm(n, generator=generator)  # the terms that cancel stand far apart
+    return torch.stack([q1, q2[order]]), torch.stack([q1[order], p2])
+
+
+@every_backend
+@every_dtype
+def test_error_bound_holds_against_rational_arithmetic(dtype, backend):
+    spread = {torch.float64: 30, torch.float32: 15, torch.bfloat16: 15, torch.float16: 2}[dtype]
+    worst = 0.0
+    for seed in range(120):
+        n = 1 + seed if seed < 100 else 3 * seed
+        q, p = ill_conditioned(n, dtype, seed % (spread + 1), seed)
+        t = gti.two_form(q, p, metric=True, backend=backend)
+        omega, metric = exact(q, p, 0, 1)
+        error, bound = abs(Fraction(float(t.omega[0, 1])) - omega), float(t.error_bound[0, 1])
+        assert error <= Fraction(bound)
+        assert (
+            abs(Fraction(float(t.metric[0, 1])) - metric) <= Fraction(bound) + abs(metric) / 10**13
+        )
+        z = [math.sqrt(exact(q, p, i, i)[1]) for i in range(2)]
+        u_size, rest = (2.0**-53, 1e-20) if dtype == torch.float64 else (0.0, 7e-14)
+        assert bound <= u_size * abs(float(t.omega[0, 1])) * 1.001 + rest * z[0] * z[1] + 1e-300
+        if omega:
+            terms = sum(
+                abs(Fraction(a) * Fraction(b)) for a, b in zip(q[0].tolist(), p[1].tolist())
+            )
+            worst = max(worst, float(terms / abs(omega)))
+    assert worst > 0.1 / torch.finfo(dtype).eps  # the cases are as hard as they should be
+
+
+@every_backend
+@every_dtype
+def test_many_vectors_and_tails_of_every_length(dtype, backend):
+    for n in range(1, 41):
+        m = 1 + n % 9
+        q, p = numbers(m, n, dtype=dtype, seed=n), numbers(m, n, dtype=dtype, seed=99 + n)
+        t = gti.two_form(q, p, metric=True, backend=backend)
+        assert_skew(t)
+        for i in range(m):
+            j = (i + 1 + n) % m
+            omega, metric = exact(q, p, i, j)
+            assert abs(Fraction(float(t.omega[i, j])) - omega) <= Fraction(
+                float(t.error_bound[i, j])
+            )
+            size = math.sqrt(float(t.metric[i, i] * t.metric[j, j]))
+            assert abs(float(Fraction(float(t.metric[i, j])) - metric)) <= 1e-13 * size
+
+
+@every_dtype
+@pytest.mark.parametrize("m", [16, 31, 64])
+def test_many_vectors(m, dtype):
+    q, p = numbers(m, 1000, dtype=dtype), numbers(m, 1000, dtype=dtype, seed=1)
+    t = gti.two_form(q, p, metric=True, backend="cpu")
+    assert_skew(t)
+    wide_q, wide_p = q.double(), p.double()
+    size = torch.outer(t.metric.diagonal(), t.metric.diagonal()).sqrt()
+    omega = wide_q @ wide_p.T - wide_p @ wide_q.T
+    metric = wide_q @ wide_q.T + wide_p @ wide_p.T
+    assert bool(((t.omega - omega).abs() <= 1e-13 * size).all())
+    assert bool(((t.metric - metric).abs() <= 1e-13 * size).all())
+
+
+@every_dtype
+def test_many_columns_and_any_number_of_threads(dtype):
+    """Several panels and segments, with integers: no rounding to hide behind."""
+    q, p = (integers(5, 70_003, dtype=dtype, seed=s) for s in (0, 1))
+    omega = q.double() @ p.double().T - p.double() @ q.double().T
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        t = gti.two_form(q, p, metric=True, backend="cpu")
+        assert torch.equal(t.omega, omega)
+        assert torch.equal(
+            t.metric.diagonal(), q.double().square().sum(1) + p.double().square().sum(1)
+        )
+
+
+@every_backend
+@every_dtype
+def test_a_list_is_its_concatenation(dtype, backend):
+    shapes = ((3,), (0,), (1,), (20, 30), (8191,), (2, 2, 2))
+    q, p = (
+        [numbers(4, *s, dtype=dtype, seed=i + o) for i, s in enumerate(shapes)] for o in (0, 50)
+    )
+    a = gti.two_form(q, p, metric=True, backend=backend)
+    b = gti.two_form(
+        *(torch.cat([t.flatten(1) for t in ts], 1) for ts in (q, p)),
+        metric=True,
+        backend=backend,
+    )
+    assert bool(((a.omega - b.omega).abs() <= a.error_bound + b.error_bound).all())
+    torch.testing.assert_close(a.metric, b.metric, rtol=1e-13, atol=1e-9)
+
+
+@every_backend
+def test_dtypes_may_differ_within_a_list(backend):
+    q, p = ([integers(3, 50, dtype=d, seed=i + o) for i, d in enumerate(DTYPES)] for o in (0, 9))
+    t = gti.two_form(q, p, backend=backend)
+    q, p = (torch.cat([t.double() for t in ts], 1) for ts in (q, p))
+    assert torch.equal(t.omega, q @ p.T - p @ q.T)
+
+
+# ---- NaN, Inf, large and small -------------------------------------------------------------------
+
+
+@every_backend
+@every_dtype
+@pytest.mark.parametrize("at", [0, 7, 8, 36])
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_nan_spoils_its_row_and_column_alone(side, at, dtype, backend):
+    m, n, bad = 6, 37, 4
+    z = [integers(m, n, dtype=dtype, seed=s) for s in range(2)]
+    good = gti.two_form(*z, metric=True, backend=backend)
+    z[side][bad, at] = math.nan
+    t = gti.two_form(*z, metric=True, backend=backend)
+    others = [i for i in range(m) if i != bad]
+    for got, before in zip((t.omega, t.error_bound, t.metric), good):
+        assert bool(got[bad].isnan().all()) and bool(got[:, bad].isnan().all())
+        assert torch.equal(got[others][:, others], before[others][:, others])
+
+
+@every_backend
+def test_an_infinity_never_looks_finite(backend):
+    for dtype in DTYPES:
+        q, p = torch.ones(2, 5, dtype=dtype), torch.ones(2, 5, dtype=dtype)
+        q[0, 3] = math.inf
+        t = gti.two_form(q, p, backend=backend)
+        assert not bool(t.omega[0, 1].isfinite())
+        assert not bool(t.error_bound[0, 1].isfinite())
+
+
+@every_backend
+@pytest.mark.parametrize("scale", [2.0**-200, 2.0**200])
+def test_powers_of_two_scale(scale, backend):
+    q, p = numbers(3, 100), numbers(3, 100, seed=1)
+    a, b = (gti.two_form(q * s, p * s, backend=backend).omega for s in (1.0, scale))
+    assert torch.equal(a * scale * scale, b)
+
+
+@every_backend
+def test_metric_is_none_unless_asked_for(backend):
+    t = gti.two_form(numbers(2, 3), numbers(2, 3), backend=backend)
+    assert t.metric is None and t.omega.dtype == t.error_bound.dtype == torch.float64
