@@ -202,7 +202,9 @@ def _two_form(device: str) -> Work:
 
 def _host(op: str, count: int) -> Callable[[str], Work]:
     def build(device: str) -> Work:
-        q, p, grad = ([torch.randn(4, device=device) for _ in range(count)] for _ in range(3))
+        lists = [[torch.randn(4, device=device) for _ in range(count)] for _ in range(3)]
+        q, p, grad = lists if count > 1 else [tensors[0] for tensors in lists]
+        ps, grads = lists[1:]
         calls: dict[str, Call] = {
             "kick_": lambda: gti.kick_(p, grad, 1e-9),
             "drift_": lambda: gti.drift_(q, p, 1e-9),
@@ -210,7 +212,8 @@ def _host(op: str, count: int) -> Callable[[str], Work]:
             "kinetic_energy": lambda: gti.kinetic_energy(p),
         }
         return Work(
-            op=calls[op], peers={"_foreach_add_": lambda: torch._foreach_add_(p, grad, alpha=-1e-9)}
+            op=calls[op],
+            peers={"_foreach_add_": lambda: torch._foreach_add_(ps, grads, alpha=-1e-9)},
         )
 
     return build

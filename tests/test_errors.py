@@ -1,4 +1,4 @@
-"""Bad arguments: an error that names op and argument, the same on every backend, nothing touched."""
+"""Bad arguments: an error that names op and argument, the same everywhere, nothing touched."""
 
 from __future__ import annotations
 
