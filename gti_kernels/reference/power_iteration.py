@@ -131,7 +131,7 @@ def _one(
         steps += 1
 
     sigma = torch.linalg.vector_norm(y, dim=0)
-    keep = sigma > sigma.max() * torch.finfo(c).eps * max(m, n)
+    keep = sigma > sigma.max() * min(torch.finfo(c).eps * max(m, n), 0.01)
     u = _orthonormal(torch.where(keep, y / torch.where(keep, sigma, 1.0), 0.0), [])
     a64 = a.double().abs()
     frobenius = torch.linalg.vector_norm(a64)
