@@ -362,8 +362,8 @@ class Result:
         return cheap and all(self.ratios[peer] >= least for peer, least in self.bars.items())
 
 
-def measure(case: Case, speed: dict[str, float], rounds: int, device: str) -> Result:
-    """Checks the op's parity, then times the case."""
+def measure(case: Case, rounds: int, device: str) -> Result:
+    """Checks the op's parity, then times the case, and the bandwidth right after it."""
     backend = "cpu" if device == "cpu" else "triton"
     if gti.available()[backend] is not None:
         backend = "reference"
@@ -375,7 +375,7 @@ def measure(case: Case, speed: dict[str, float], rounds: int, device: str) -> Re
     work = case.build(device)
     times = race(work, rounds, case.calls, device)
     own = statistics.median(times["gti"])
-    least = work.bytes_moved / speed[work.floor]
+    speed = bandwidth(device, rounds=5)[work.floor] if work.bytes_moved else math.inf
     return Result(
         *fixed,
         own,
@@ -389,7 +389,7 @@ def measure(case: Case, speed: dict[str, float], rounds: int, device: str) -> Re
         most,
         work.bytes_moved,
         work.floor,
-        least / own if work.bytes_moved else None,
+        work.bytes_moved / speed / own if work.bytes_moved else None,
     )
 
 
@@ -427,7 +427,7 @@ def run(args: argparse.Namespace) -> int:
     )
     results = []
     for case in chosen:
-        results.append(measure(case, speed, args.rounds, args.device))
+        results.append(measure(case, args.rounds, args.device))
         print("\n".join(lines(results[-1])))
         sys.stdout.flush()
         torch._dynamo.reset()
@@ -457,7 +457,7 @@ def lines(result: Result) -> list[str]:
     if result.share_of_floor is not None:
         text += (
             f", {result.bytes_moved / 1e6:.0f} MB moved, "
-            f"{100 * result.share_of_floor:.0f} % of the measured {result.floor} bandwidth"
+            f"{100 * result.share_of_floor:.0f} % of the {result.floor} bandwidth"
         )
     out = [text]
     for peer, seconds in result.peers.items():

@@ -97,3 +97,6 @@ def test_many_chunks(backend):
     p[::2] = 2.0
     expected = 0.5 * (500_002 * 4 + 500_001)
     assert float(gti.kinetic_energy(p, backend=backend)) == expected
+    mass = torch.zeros_like(p)
+    mass[-1] = 1.0
+    assert float(gti.kinetic_energy(p, inv_mass=mass, backend=backend)) == 0.5 * float(p[-1]) ** 2
