@@ -7,6 +7,7 @@
 #include <bit>
 #include <cmath>
 #include <limits>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -19,10 +20,6 @@ constexpr int64_t kSmallBytes = 768 * 1024;  // of a packed matrix: it stays in 
 constexpr int64_t kPanelBytes = 128 * 1024;  // of a packed panel of a large matrix
 constexpr int64_t kBlockBytes = 256 * 1024;  // of a block of rows with a z of its own, at least
 constexpr int64_t kMaxBlocks = 64;
-// Vectors ahead in a row that are asked for: eight rows at a time are more than the hardware
-// follows.
-constexpr int64_t kAhead = 8;
-constexpr int64_t kShortRow = 4 * 1024, kMiddlingRow = 10 * 1024;  // bytes
 
 template <class C>
 constexpr int kLanes = 64 / sizeof(C);
@@ -39,109 +36,143 @@ int64_t padded(int64_t n) {
 // `upper`.
 template <class C>
 struct Sizes {
+  C* column;  // [np], zero to begin with
   double row = 0.0, frobenius2 = 0.0;
   bool finite = true;
-  Buffer<C> column;  // [np]
+
+  template <int R>
+  void add_rows(const C (&sums)[R], C squares) {
+    for (C sum : sums) {
+      finite &= std::isfinite(sum);
+      row = std::max(row, static_cast<double>(sum));
+    }
+    frobenius2 += squares;
+  }
 };
 
-// w: R rows of np columns; y [R] = w x; z [np] += wᵀ y. With kMeasure, also adds the rows to sizes.
-template <int R, bool kMeasure, class C>
-GTI_INLINE void row_group(const C* w, int64_t np, const C* x, C* y, C* z, Sizes<C>* sizes) {
+// Two sweeps over rows of np columns in one, so that reading ahead and computing overlap: y [R] = w
+// x, and z [np] += beforeᵀ y_before for the rows before, whose y is known. With kMeasure, also adds
+// the rows w to sizes.
+template <int R, bool kDot, bool kUpdate, bool kMeasure, class T, class C>
+GTI_INLINE void row_group(const T* w, const T* before, int64_t np, const C* x, const C* y_before,
+                          C* y, C* z, Sizes<C>* sizes) {
   constexpr int N = kLanes<C>;
-  Vec<C, N> sum[R] = {};
+  Vec<C, N> sum[R] = {}, y_v[R] = {}, size[R] = {}, squares = {};
+  for (int r = 0; kUpdate && r < R; ++r) y_v[r] += y_before[r];
   for (int64_t j = 0; j < np; j += N) {
-    const auto x_v = load<N>(x + j);
+    if constexpr (kDot) {
+      const auto x_v = load<N>(x + j);
+      Vec<C, N> column = {};
 #pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      __builtin_prefetch(w + r * np + j + kAhead * N);
-      sum[r] += load<N>(w + r * np + j) * x_v;
-    }
-  }
-  lane_sums<C, N>(sum, y);
-  Vec<C, N> row[R] = {}, squares = {};
-  for (int64_t j = 0; j < np; j += N) {
-    auto z_v = load<N>(z + j);
-    Vec<C, N> column = {};
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) {
-      __builtin_prefetch(w + r * np + j + kAhead * N);
-      const auto w_v = load<N>(w + r * np + j);
-      z_v += y[r] * w_v;
+      for (int r = 0; r < R; ++r) {
+        const auto w_v = load<N>(w + r * np + j);
+        sum[r] += w_v * x_v;
+        if constexpr (kMeasure) {
+          const auto magnitude = abs<N>(w_v);
+          size[r] += magnitude;
+          column += magnitude;
+          squares += w_v * w_v;
+        }
+      }
       if constexpr (kMeasure) {
-        // The first pass reads from memory, not from cache: it asks for the group after the next.
-        __builtin_prefetch(w + (2 * R + r) * np + j);
-        const auto size = w_v < C(0) ? -w_v : w_v;
-        row[r] += size;
-        column += size;
-        squares += w_v * w_v;
+        store(sizes->column + j, load<N>(sizes->column + j) + column);
       }
     }
-    store(z + j, z_v);
-    if constexpr (kMeasure) {
-      C* column_at = sizes->column.data() + j;
-      store(column_at, load<N>(column_at) + column);
+    if constexpr (kUpdate) {
+      Vec<C, N> z_v[2] = {load<N>(z + j), {}};
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) z_v[r % 2] += y_v[r] * load<N>(before + r * np + j);
+      store(z + j, z_v[0] + z_v[1]);
     }
   }
+  if constexpr (kDot) lane_sums<C, N>(sum, y);
   if constexpr (kMeasure) {
     C sums[R];
-    lane_sums<C, N>(row, sums);
-    for (int r = 0; r < R; ++r) {
-      sizes->finite &= std::isfinite(sums[r]);
-      sizes->row = std::max(sizes->row, static_cast<double>(sums[r]));
-    }
-    sizes->frobenius2 += lane_sum<C, N>(squares);
+    lane_sums<C, N>(size, sums);
+    sizes->add_rows(sums, lane_sum<C, N>(squares));
   }
 }
 
-// The same for rows of V vectors, few enough that x, z and four rows stay in registers: each entry
-// of W is loaded once.
-template <int V, class C>
-GTI_INLINE void narrow_pass(const C* w, int64_t rows, const C* x, C* y, C* z) {
-  constexpr int N = kLanes<C>, R = 4;
-  Vec<C, N> x_v[V], z_v[V];
+// Rows in groups of R, each group's dot products together with the last group's update of z.
+template <int R, bool kMeasure, class T, class C>
+GTI_INLINE void rows_pass(const T* w, int64_t groups, int64_t np, const C* x, C* y, C* z,
+                          Sizes<C>* sizes) {
+  if (groups == 0) return;
+  row_group<R, true, false, kMeasure, T, C>(w, w, np, x, y, y, z, sizes);
+  for (int64_t g = 1; g < groups; ++g, w += R * np, y += R)
+    row_group<R, true, true, kMeasure, T, C>(w + R * np, w, np, x, y, y + R, z, sizes);
+  row_group<R, false, true, false, T, C>(w, w, np, x, y, y, z, sizes);
+}
+
+// The same for rows of V vectors, few enough that x and z stay in registers. Also asks for one part
+// in eight of the rows at `ahead`.
+template <int V, bool kMeasure, class C>
+GTI_INLINE void narrow_pass(const C* w, int64_t rows, const C* x, C* y, C* z, Sizes<C>* sizes,
+                            const C* ahead) {
+  constexpr int N = kLanes<C>, R = 8;
+  constexpr int64_t kGroup = R * V * N;
+  Vec<C, N> x_v[V], z_v[2][V] = {}, column[V] = {}, squares = {};
   for (int j = 0; j < V; ++j) {
     x_v[j] = load<N>(x + j * N);
-    z_v[j] = load<N>(z + j * N);
+    z_v[0][j] = load<N>(z + j * N);
   }
-  int64_t at = 0;
-  for (; at + R <= rows; at += R) {
-    Vec<C, N> w_v[R][V], sum[R];
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-      for (int j = 0; j < V; ++j) w_v[r][j] = load<N>(w + ((at + r) * V + j) * N);
-      sum[r] = w_v[r][0] * x_v[0];
-#pragma GCC unroll 4
-      for (int j = 1; j < V; ++j) sum[r] += w_v[r][j] * x_v[j];
-    }
-    lane_sums<C, N>(sum, y + at);
-#pragma GCC unroll 4
+  const auto multiply = [&](const C* w, C* y) GTI_INLINE_LAMBDA {
+    Vec<C, N> sum[R] = {}, size[R] = {};
+#pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-      for (int j = 0; j < V; ++j) z_v[j] += y[at + r] * w_v[r][j];
+      for (int j = 0; j < V; ++j) {
+        const auto w_v = load<N>(w + (r * V + j) * N);
+        sum[r] += w_v * x_v[j];
+        if constexpr (kMeasure) {
+          const auto magnitude = abs<N>(w_v);
+          size[r] += magnitude;
+          column[j] += magnitude;
+          squares += w_v * w_v;
+        }
+      }
+    lane_sums<C, N>(sum, y);
+    if constexpr (kMeasure) {
+      C sums[R];
+      lane_sums<C, N>(size, sums);
+      sizes->add_rows(sums, C(0));
+    }
+  };
+  const auto update = [&](const C* w, const C* y) GTI_INLINE_LAMBDA {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+      for (int j = 0; j < V; ++j) z_v[r % 2][j] += y[r] * load<N>(w + (r * V + j) * N);
+  };
+  const int64_t groups = rows / R;
+  for (int64_t g = 0; g < groups; ++g) {
+    for (int line = 0; line < V; ++line) __builtin_prefetch(ahead + (g * V + line) * 8 * N, 0, 2);
+    multiply(w + g * kGroup, y + g * R);
+    if (g > 0) update(w + (g - 1) * kGroup, y + (g - 1) * R);
   }
-  for (int j = 0; j < V; ++j) store(z + j * N, z_v[j]);
-  for (; at < rows; ++at) row_group<1, false, C>(w + at * V * N, V * N, x, y + at, z, nullptr);
+  if (groups > 0) update(w + (groups - 1) * kGroup, y + (groups - 1) * R);
+  for (int j = 0; j < V; ++j) store(z + j * N, z_v[0][j] + z_v[1][j]);
+  if constexpr (kMeasure) {
+    for (int j = 0; j < V; ++j)
+      store(sizes->column + j * N, load<N>(sizes->column + j * N) + column[j]);
+    sizes->frobenius2 += lane_sum<C, N>(squares);
+  }
+  rows_pass<1, kMeasure>(w + groups * kGroup, rows % R, V * N, x, y + groups * R, z, sizes);
 }
 
-template <bool kMeasure, class C>
-GTI_INLINE void panel_pass_any(const C* w, int64_t rows, int64_t np, const C* x, C* y, C* z,
-                               Sizes<C>* sizes) {
-  if constexpr (!kMeasure) {
+template <bool kMeasure, class T, class C>
+GTI_INLINE void panel_pass_any(const T* w, int64_t rows, int64_t np, const C* x, C* y, C* z,
+                               Sizes<C>* sizes, const C* ahead) {
+  if constexpr (std::is_same_v<T, C>) {
     constexpr int N = kLanes<C>;
-    if (np == N) return narrow_pass<1>(w, rows, x, y, z);
-    if (np == 2 * N) return narrow_pass<2>(w, rows, x, y, z);
-    if (np == 3 * N) return narrow_pass<3>(w, rows, x, y, z);
-    if (np == 4 * N) return narrow_pass<4>(w, rows, x, y, z);
+    if (np == N) return narrow_pass<1, kMeasure>(w, rows, x, y, z, sizes, ahead);
+    if (np == 2 * N) return narrow_pass<2, kMeasure>(w, rows, x, y, z, sizes, ahead);
+    if (np == 3 * N) return narrow_pass<3, kMeasure>(w, rows, x, y, z, sizes, ahead);
+    if (np == 4 * N) return narrow_pass<4, kMeasure>(w, rows, x, y, z, sizes, ahead);
   }
-  // Two rows of middling length stay in L1 with x and z until they are used again; eight long ones,
-  // or eight short ones, cost less per element.
-  const int64_t bytes = np * static_cast<int64_t>(sizeof(C));
-  int64_t r = 0;
-  if (bytes > kShortRow && bytes <= kMiddlingRow)
-    for (; r + 2 <= rows; r += 2) row_group<2, kMeasure>(w + r * np, np, x, y + r, z, sizes);
-  for (; r + 8 <= rows; r += 8) row_group<8, kMeasure>(w + r * np, np, x, y + r, z, sizes);
-  for (; r < rows; ++r) row_group<1, kMeasure>(w + r * np, np, x, y + r, z, sizes);
+  const int64_t grouped = rows / 8 * 8;
+  rows_pass<8, kMeasure>(w, rows / 8, np, x, y, z, sizes);
+  rows_pass<1, kMeasure>(w + grouped * np, rows % 8, np, x, y + grouped, z, sizes);
 }
 
 // Copies rows of n elements to rows of np, scaled, the rest of each row zero.
@@ -241,16 +272,16 @@ struct Settings {
 // y· = W·, z· = A·. r alone needs a pass, the images of v and s follow by linearity.
 template <class C>
 struct Iteration {
-  int64_t mp, np;  // m and n, padded: what lies beyond them is zero
-  Buffer<C> memory;
-  C *v, *r, *s, *zv, *zr, *zs;  // [np]
-  C *yv, *yr, *ys;              // [mp]
+  int64_t mp, np;                        // m and n, padded: what lies beyond them is zero
+  C *v, *r, *s, *zv, *zr, *zs, *column;  // [np]
+  C *yv, *yr, *ys;                       // [mp]
   double theta = 0.0, residual = 0.0;
   int64_t steps = 0;
 
-  Iteration(int64_t m, int64_t n) : mp(padded<C>(m)), np(padded<C>(n)), memory(6 * np + 3 * mp) {
+  Iteration(int64_t m, int64_t n, Buffer<C>& memory) : mp(padded<C>(m)), np(padded<C>(n)) {
+    memory.resize(7 * np + 3 * mp);
     C* at = memory.data();
-    for (C** x : {&v, &r, &s, &zv, &zr, &zs}) *x = std::exchange(at, at + np);
+    for (C** x : {&v, &r, &s, &zv, &zr, &zs, &column}) *x = std::exchange(at, at + np);
     for (C** y : {&yv, &yr, &ys}) *y = std::exchange(at, at + mp);
   }
 
@@ -323,18 +354,51 @@ GTI_INLINE bool update_any(Iteration<C>& it, const Settings& set) {
   return false;
 }
 
+// Element e of the random start vector of a matrix: uniform on (−1, 1), exact in fp32; the
+// splitmix64 finaliser of seed, matrix number and e.
+GTI_INLINE float start_element(uint64_t seed, uint64_t matrix, uint64_t e) {
+  uint64_t x =
+      seed * 0x9E3779B97F4A7C15u + matrix * 0xD1342543DE82EF95u + (e + 1) * 0x94D049BB133111EBu;
+  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
+  x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
+  x = x ^ (x >> 31);
+  return (static_cast<float>(x >> 40) * 2.0f + 1.0f) * 0x1p-24f - 1.0f;
+}
+
 // ---- the clones --------------------------------------------------------------------------------
 
 // sizes: nullptr, or where to add the sizes of the panel.
-#define GTI_POWER_ITERATION(C)                                                             \
-  GTI_CLONES void panel_pass(const C* w, int64_t rows, int64_t np, const C* x, C* y, C* z, \
-                             Sizes<C>* sizes) {                                            \
-    sizes ? panel_pass_any<true>(w, rows, np, x, y, z, sizes)                              \
-          : panel_pass_any<false>(w, rows, np, x, y, z, sizes);                            \
-  }                                                                                        \
-  GTI_CLONES void scaled_copy(const C* x, int64_t n, C scale, C* out) {                    \
-    for (int64_t i = 0; i < n; ++i) out[i] = scale * x[i];                                 \
-  }                                                                                        \
+#define GTI_PANEL_PASS(T)                                                                  \
+  GTI_CLONES void panel_pass(const T* w, int64_t rows, int64_t np, const compute_t<T>* x,  \
+                             compute_t<T>* y, compute_t<T>* z, Sizes<compute_t<T>>* sizes, \
+                             const compute_t<T>* ahead) {                                  \
+    sizes ? panel_pass_any<true>(w, rows, np, x, y, z, sizes, ahead)                       \
+          : panel_pass_any<false>(w, rows, np, x, y, z, sizes, ahead);                     \
+  }
+GTI_PANEL_PASS(double)
+GTI_PANEL_PASS(float)
+GTI_PANEL_PASS(bf16)
+#undef GTI_PANEL_PASS
+#define GTI_POWER_ITERATION(C)                                                        \
+  GTI_CLONES void scaled_copy(const C* x, int64_t n, C scale, C* out) {               \
+    for (int64_t i = 0; i < n; ++i) out[i] = scale * x[i];                            \
+  }                                                                                   \
+  GTI_CLONES void random_vector(uint64_t seed, uint64_t matrix, int64_t n, C* out) {  \
+    for (int64_t j = 0; j < n; ++j)                                                   \
+      out[j] = start_element(seed, matrix, static_cast<uint64_t>(j));                 \
+  }                                                                                   \
+  GTI_CLONES double norm(const C* x, int64_t np) { return std::sqrt(dot(x, x, np)); } \
+  GTI_CLONES C largest(const C* x, int64_t np) {                                      \
+    constexpr int N = kLanes<C>;                                                      \
+    auto most = load<N>(x);                                                           \
+    for (int64_t i = N; i < np; i += N) {                                             \
+      const auto x_v = load<N>(x + i);                                                \
+      most = x_v > most ? x_v : most;                                                 \
+    }                                                                                 \
+    C out = most[0];                                                                  \
+    for (int i = 1; i < N; ++i) out = std::max(out, most[i]);                         \
+    return out;                                                                       \
+  }                                                                                   \
   GTI_CLONES bool update(Iteration<C>& it, const Settings& set) { return update_any(it, set); }
 GTI_POWER_ITERATION(double)
 GTI_POWER_ITERATION(float)
@@ -355,17 +419,6 @@ GTI_CLONES void pack(const f16* w, int64_t rows, int64_t n, float scale, float* 
 
 // ---- one matrix --------------------------------------------------------------------------------
 
-// Element e of the random start vector of a matrix: uniform on (−1, 1), exact in fp32; the
-// splitmix64 finaliser of seed, matrix number and e.
-float start_element(uint64_t seed, uint64_t matrix, uint64_t e) {
-  uint64_t x =
-      seed * 0x9E3779B97F4A7C15u + matrix * 0xD1342543DE82EF95u + (e + 1) * 0x94D049BB133111EBu;
-  x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
-  x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
-  x = x ^ (x >> 31);
-  return (static_cast<float>(x >> 40) * 2.0f + 1.0f) * 0x1p-24f - 1.0f;
-}
-
 template <class T>
 struct Matrix {
   using C = compute_t<T>;
@@ -376,10 +429,16 @@ struct Matrix {
 
   const T* w() const { return static_cast<const T*>(item.w) + index * item.m * item.n; }
 
-  // Rows [begin, end), np columns each, scaled: as they lie in memory where that will do.
+  // True where a pass can read W as it lies in memory. A half costs more to widen twice than to
+  // pack.
+  bool direct() const {
+    return !std::is_same_v<T, f16> && scale == C(1) && item.n == padded<C>(item.n);
+  }
+
+  // Rows [begin, end), np columns each, of the compute type and scaled.
   const C* panel(int64_t begin, int64_t end, Buffer<C>& buffer) const {
     if constexpr (std::is_same_v<T, C>)
-      if (scale == C(1) && item.n == padded<C>(item.n)) return w() + begin * item.n;
+      if (direct()) return w() + begin * item.n;
     const int64_t needed = (end - begin) * padded<C>(item.n);
     if (buffer.size() < needed) buffer.resize(needed);
     pack(w() + begin * item.n, end - begin, item.n, scale, buffer.data());
@@ -388,15 +447,17 @@ struct Matrix {
 
   void start(Iteration<C>& it, const Settings& set) const {
     const int64_t n = item.n;
-    const C* given = static_cast<const C*>(item.start);
-    for (int64_t j = 0; given && j < n; ++j) it.v[j] = given[index * n + j];
-    double norm = given ? std::sqrt(dot(it.v, it.v, it.np)) : 0.0;
-    if (!(norm > 0.0 && std::isfinite(norm))) {
-      for (int64_t j = 0; j < n; ++j)
-        it.v[j] = start_element(set.seed, static_cast<uint64_t>(number), static_cast<uint64_t>(j));
-      norm = std::sqrt(dot(it.v, it.v, it.np));
+    double length = 0.0;
+    if (item.start) {
+      const C* given = static_cast<const C*>(item.start) + index * n;
+      std::copy(given, given + n, it.v);
+      length = norm(it.v, it.np);
     }
-    scaled_copy(it.v, n, static_cast<C>(1.0 / norm), it.v);
+    if (!(length > 0.0 && std::isfinite(length))) {
+      random_vector(set.seed, static_cast<uint64_t>(number), n, it.v);
+      length = norm(it.v, it.np);
+    }
+    scaled_copy(it.v, n, static_cast<C>(1.0 / length), it.v);
   }
 
   // Looks at every entry: true where all are finite; the largest magnitude.
@@ -423,8 +484,8 @@ struct Matrix {
     if (!sizes.finite || largest == 0.0 || scale != C(1)) return false;
     const int most = std::numeric_limits<C>::max_exponent - 2;  // 2^most is finite
     scale = static_cast<C>(std::ldexp(1.0, std::clamp(-std::ilogb(largest), -most, most)));
-    sizes = Sizes<C>{};
-    sizes.column.resize(padded<C>(item.n));
+    sizes = Sizes<C>{sizes.column};
+    std::fill(sizes.column, sizes.column + padded<C>(item.n), C(0));
     return true;
   }
 
@@ -442,8 +503,7 @@ struct Matrix {
       return;
     }
     const double inverse = 1.0 / static_cast<double>(scale);
-    const double wv = std::sqrt(dot(it.yv, it.yv, it.mp));
-    const double length = std::sqrt(dot(it.v, it.v, it.np));
+    const double wv = norm(it.yv, it.mp), length = norm(it.v, it.np);
     item.sigma[index] = wv / length * inverse;
     scaled_copy(it.v, n, static_cast<C>(1.0 / length), v);
     if (wv > 0.0)
@@ -453,8 +513,7 @@ struct Matrix {
     item.residual[index] = it.residual;
     item.steps[index] = it.steps;
     item.converged[index] = it.residual <= set.tol;
-    const C* column = sizes.column.data();
-    const double one = *std::max_element(column, column + it.np);
+    const double one = largest(sizes.column, it.np);
     const double least =
         std::min(std::sqrt(one) * std::sqrt(sizes.row), std::sqrt(sizes.frobenius2));
     const double rounding = (m + it.np + 8) * std::numeric_limits<C>::epsilon();
@@ -462,26 +521,33 @@ struct Matrix {
   }
 };
 
+// What a thread keeps from one small matrix to the next.
+template <class C>
+struct Workspace {
+  Buffer<C> vectors, packed;
+};
+
+// next: the matrix that this thread takes next, to be asked for, or W itself.
 template <class T>
-void run_small(Matrix<T> matrix, const Settings& set) {
+void run_small(Matrix<T> matrix, const Settings& set, const void* next,
+               Workspace<compute_t<T>>& work) {
   using C = compute_t<T>;
   const int64_t m = matrix.item.m, np = padded<C>(matrix.item.n);
-  Buffer<C> buffer;
-  Sizes<C> sizes;
-  sizes.column.resize(np);
-  Iteration<C> it(m, matrix.item.n);
+  Iteration<C> it(m, matrix.item.n, work.vectors);
+  Sizes<C> sizes{it.column};
   matrix.start(it, set);
-  const C* w = matrix.panel(0, m, buffer);
-  panel_pass(w, m, np, it.v, it.yv, it.zv, &sizes);
-  if (matrix.rescale(sizes)) {
-    w = matrix.panel(0, m, buffer);
-    std::fill(it.zv, it.zv + np, C(0));
-    panel_pass(w, m, np, it.v, it.yv, it.zv, &sizes);
-  }
-  while (sizes.finite && !update(it, set)) {
+  const C* w = matrix.panel(0, m, work.packed);
+  const auto pass = [&](Sizes<C>* measured) {
     std::fill(it.z(set), it.z(set) + np, C(0));
-    panel_pass(w, m, np, it.x(set), it.y(set), it.z(set), static_cast<Sizes<C>*>(nullptr));
+    const C* ahead = static_cast<const C*>(next) + it.steps % 8 * kLanes<C>;
+    panel_pass(w, m, np, it.x(set), it.y(set), it.z(set), measured, ahead);
+  };
+  pass(&sizes);
+  if (matrix.rescale(sizes)) {
+    w = matrix.panel(0, m, work.packed);
+    pass(&sizes);
   }
+  while (sizes.finite && !update(it, set)) pass(nullptr);
   matrix.finish(it, sizes, set);
 }
 
@@ -493,13 +559,12 @@ void run_large(Matrix<T> matrix, const Settings& set, int threads) {
   const int64_t panel_rows = std::max<int64_t>(8, kPanelBytes / row_bytes / 8 * 8);
   // A power of two, so that any usual number of threads shares them evenly.
   const auto blocks = static_cast<int64_t>(std::bit_floor(static_cast<uint64_t>(std::clamp<int64_t>(
-      m * row_bytes / kBlockBytes, 1, std::min<int64_t>(kMaxBlocks, (m + 15) / 16)))));
+      m * row_bytes / kBlockBytes, 1, std::min<int64_t>(kMaxBlocks, (m + 63) / 64)))));
   const auto first_row = [=](int64_t b) { return std::min(m, (m + 7) / 8 * b / blocks * 8); };
 
-  Iteration<C> it(m, n);
-  Sizes<C> sizes;
-  sizes.column.resize(np);
-  Buffer<C> partial_z(blocks * np);
+  Buffer<C> memory, partial_z(blocks * np), partial_column(blocks * np);
+  Iteration<C> it(m, n, memory);
+  Sizes<C> sizes{it.column};
   std::vector<Sizes<C>> partial_sizes(blocks);
   bool measured = false, done = false;
   matrix.start(it, set);
@@ -524,15 +589,18 @@ void run_large(Matrix<T> matrix, const Settings& set, int threads) {
         C* z_b = partial_z.data() + b * np;
         std::fill(z_b, z_b + np, C(0));
         if (!measured) {
-          partial_sizes[b] = Sizes<C>{};
-          partial_sizes[b].column.resize(np);
+          partial_sizes[b] = Sizes<C>{partial_column.data() + b * np};
+          std::fill(partial_sizes[b].column, partial_sizes[b].column + np, C(0));
         }
-        const int64_t panels = (end - begin + panel_rows - 1) / panel_rows;
-        for (int64_t q = 0; q < panels; ++q) {
-          const int64_t r = begin + (backwards ? panels - 1 - q : q) * panel_rows;
+        Sizes<C>* sizes_b = measured ? nullptr : &partial_sizes[b];
+        if constexpr (!std::is_same_v<T, f16>)
+          if (matrix.direct()) {
+            panel_pass(matrix.w() + begin * n, end - begin, np, x, y + begin, z_b, sizes_b, x);
+            continue;
+          }
+        for (int64_t r = begin; r < end; r += panel_rows) {
           const int64_t rows = std::min(panel_rows, end - r);
-          const C* w = matrix.panel(r, r + rows, buffer);
-          panel_pass(w, rows, np, x, y + r, z_b, measured ? nullptr : &partial_sizes[b]);
+          panel_pass(matrix.panel(r, r + rows, buffer), rows, np, x, y + r, z_b, sizes_b, x);
         }
       }
 #pragma omp barrier
@@ -549,7 +617,7 @@ void run_large(Matrix<T> matrix, const Settings& set, int threads) {
             sizes.row = std::max(sizes.row, part_sizes.row);
             sizes.frobenius2 += part_sizes.frobenius2;
             sizes.finite &= part_sizes.finite;
-            for (int64_t j = 0; j < np; ++j) sizes.column.data()[j] += part_sizes.column.data()[j];
+            for (int64_t j = 0; j < np; ++j) sizes.column[j] += part_sizes.column[j];
           }
           measured = !matrix.rescale(sizes);
           done = !sizes.finite;
@@ -580,24 +648,35 @@ void power_iteration(const PowerIterationItem* items, int64_t n_items, PowerMeth
   }
   std::stable_sort(tasks.begin(), tasks.end(),
                    [](const Task& a, const Task& b) { return a.bytes > b.bytes; });
-  const auto run = [&](const Task& task, int team) {
+  using Workspaces = std::tuple<Workspace<float>, Workspace<double>>;
+  const auto run = [&](int64_t i, int team, Workspaces& workspaces) {
+    const Task &task = tasks[i], &next = tasks[std::min<int64_t>(i + 1, tasks.size() - 1)];
     with_dtype(items[task.item].dtype, [&](auto* tag) {
-      Matrix<std::remove_pointer_t<decltype(tag)>> matrix{items[task.item], task.index,
-                                                          task.number};
-      task.bytes <= kSmallBytes ? run_small(matrix, set) : run_large(matrix, set, team);
+      using T = std::remove_pointer_t<decltype(tag)>;
+      Matrix<T> matrix{items[task.item], task.index, task.number};
+      if (task.bytes > kSmallBytes) return run_large(matrix, set, team);
+      const bool alike = next.item == task.item;
+      const Matrix<T> after{items[task.item], alike ? next.index : task.index, 0};
+      run_small(matrix, set, after.w(), std::get<Workspace<compute_t<T>>>(workspaces));
     });
   };
   // A thread a matrix needs no barriers; matrices too large to be balanced that way come first,
   // with all threads at each.
   const int64_t count = static_cast<int64_t>(tasks.size());
-  int64_t next = 0;
-  while (threads > 1 && next < count &&
-         tasks[next].bytes > std::max(kSmallBytes, total / threads)) {
-    total -= tasks[next].bytes;
-    run(tasks[next++], threads);
+  int64_t first = 0;
+  Workspaces none;
+  while (threads > 1 && first < count &&
+         tasks[first].bytes > std::max(kSmallBytes, total / threads)) {
+    total -= tasks[first].bytes;
+    run(first++, threads, none);
   }
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (count - next > 1)
-  for (int64_t i = next; i < count; ++i) run(tasks[i], 1);
+  const int64_t at_once = std::clamp<int64_t>((count - first) / (16 * threads), 1, 64);
+#pragma omp parallel num_threads(threads) if (count - first > 1)
+  {
+    Workspaces workspaces;
+#pragma omp for schedule(dynamic, at_once)
+    for (int64_t i = first; i < count; ++i) run(i, 1, workspaces);
+  }
 }
 
 }  // namespace gti

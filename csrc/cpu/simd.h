@@ -25,6 +25,7 @@
 #define GTI_CLONES
 #endif
 #define GTI_INLINE inline __attribute__((always_inline))
+#define GTI_INLINE_LAMBDA __attribute__((always_inline))
 
 namespace gti {
 
@@ -136,6 +137,12 @@ GTI_INLINE Vec<double, N> widen(const V& v) {
   return __builtin_convertvector(v, Vec<double, N>);
 }
 
+template <int N, class V>
+GTI_INLINE V abs(const V& v) {
+  using Bits = Vec<std::conditional_t<sizeof(V) == 8 * N, uint64_t, uint32_t>, N>;
+  return bits_as<V>(bits_as<Bits>(v) & (~Bits{} >> 1));
+}
+
 // The sum of the lanes, as a tree: lane i with lane i + N/2 first.
 template <class T, int N>
 GTI_INLINE T lane_sum(const Vec<T, N>& v) {
@@ -203,10 +210,13 @@ class Buffer {
   explicit Buffer(int64_t size) { resize(size); }
   Buffer(Buffer&&) = default;
   Buffer& operator=(Buffer&&) = default;
-  // Discards the contents.
+  // Discards the contents; the memory only grows.
   void resize(int64_t size) {
-    data_.reset(static_cast<T*>(::operator new(size * sizeof(T), std::align_val_t(64))));
-    std::memset(static_cast<void*>(data_.get()), 0, size * sizeof(T));
+    if (size > capacity_) {
+      data_.reset(static_cast<T*>(::operator new(size * sizeof(T), std::align_val_t(64))));
+      capacity_ = size;
+    }
+    if (size > 0) std::memset(static_cast<void*>(data_.get()), 0, size * sizeof(T));
     size_ = size;
   }
   int64_t size() const { return size_; }
@@ -218,7 +228,7 @@ class Buffer {
     void operator()(T* x) const { ::operator delete(x, std::align_val_t(64)); }
   };
   std::unique_ptr<T, Free> data_;
-  int64_t size_ = 0;
+  int64_t size_ = 0, capacity_ = 0;
 };
 
 // Calls f(static_cast<T*>(nullptr)) with the T of dtype.
