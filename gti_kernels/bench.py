@@ -205,11 +205,15 @@ def _host(op: str, count: int) -> Callable[[str], Work]:
         lists = [[torch.randn(4, device=device) for _ in range(count)] for _ in range(3)]
         q, p, grad = lists if count > 1 else [tensors[0] for tensors in lists]
         ps, grads = lists[1:]
+        squares = [t.view(2, 2) for t in ps]
+        tangents = squares if count > 1 else squares[0]
         calls: dict[str, Call] = {
             "kick_": lambda: gti.kick_(p, grad, 1e-9),
             "drift_": lambda: gti.drift_(q, p, 1e-9),
             "kick_drift_": lambda: gti.kick_drift_(q, p, grad, 1e-9, 1e-9),
             "kinetic_energy": lambda: gti.kinetic_energy(p),
+            "two_form": lambda: gti.two_form(tangents, tangents),
+            "power_iteration": lambda: gti.power_iteration(tangents, max_steps=1, tol=0.0),
         }
         return Work(
             op=calls[op],
@@ -264,32 +268,14 @@ def cases() -> list[Case]:
             {"naive fp32": 2.0, "upcast to fp64": 8.0},
         )
     )
-    for op in ("kick_", "drift_", "kick_drift_", "kinetic_energy"):
+    for op in ("kick_", "drift_", "kick_drift_", "kinetic_energy", "two_form", "power_iteration"):
+        tensors, bar = _host(op, 1), 6.0
+        out.append(Case(op, "host cost", "1 tensor [4]", "float32", tensors, {}, bar, calls=200))
+    for op in ("kick_", "drift_", "kick_drift_", "kinetic_energy", "two_form", "power_iteration"):
+        bars = {"_foreach_add_": 1 / 1.5}
         out.append(
-            Case(op, "host cost", "1 tensor [4]", "float32", _host(op, 1), {}, 6.0, calls=200)
+            Case(op, "host cost", "62 tensors [4]", "float32", _host(op, 62), bars, calls=50)
         )
-    for op in ("kick_", "drift_"):
-        out.append(
-            Case(
-                op,
-                "host cost",
-                "62 tensors [4]",
-                "float32",
-                _host(op, 62),
-                {"_foreach_add_": 1 / 1.5},
-                calls=50,
-            )
-        )
-    out.append(
-        Case(
-            "kick_drift_",
-            "host cost",
-            "62 tensors [4]",
-            "float32",
-            _host("kick_drift_", 62),
-            calls=50,
-        )
-    )
     return out
 
 

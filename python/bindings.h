@@ -12,11 +12,12 @@ void bind_two_form(py::module_& module);
 void bind_power_iteration(py::module_& module);
 
 // Runs f without the GIL where the work is long enough to be worth handing it over.
+// `times`: how often each element is used.
 template <class F>
-auto without_gil(const std::vector<View>& views, F&& f) {
-  int64_t count = 0;
-  for (const View& v : views) count += v.count;
-  if (count < 65536) return f();
+auto without_gil(const std::vector<View>& views, double times, F&& f) {
+  double work = 0.0;
+  for (const View& v : views) work += static_cast<double>(v.count) * times;
+  if (work < 65536.0) return f();
   py::gil_scoped_release release;
   return f();
 }

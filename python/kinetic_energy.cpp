@@ -17,7 +17,7 @@ static py::object py_kinetic_energy(py::handle p, py::handle inv_mass, bool reco
     items[i] = {ps[i].dtype, ps[i].count, ps[i].data, mass.pointer(i), mass.scalar(i)};
   }
   return scalar_tensor(
-      without_gil(ps, [&] { return kinetic_energy(items.data(), items.size(), threads); }));
+      without_gil(ps, 1.0, [&] { return kinetic_energy(items.data(), items.size(), threads); }));
 }
 
 void bind_kinetic_energy(py::module_& module) { module.def("kinetic_energy", &py_kinetic_energy); }

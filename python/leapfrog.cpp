@@ -45,7 +45,8 @@ bool py_kick(py::handle p, py::handle grad, double step, double damp, bool recor
   if (!(std::isfinite(step) && std::isfinite(damp)) || !call.read({}, p, grad, {}, recording) ||
       !disjoint({&call.p}, {&call.grad}))
     return false;
-  without_gil(call.p, [&] { kick(call.items.data(), call.items.size(), step, damp, threads); });
+  without_gil(call.p, 1.0,
+              [&] { kick(call.items.data(), call.items.size(), step, damp, threads); });
   return true;
 }
 
@@ -55,7 +56,7 @@ bool py_drift(py::handle q, py::handle p, double step, py::handle inv_mass, bool
   if (!std::isfinite(step) || !call.read(q, p, {}, inv_mass, recording) ||
       !disjoint({&call.q}, {&call.p, &call.mass.tensors}))
     return false;
-  without_gil(call.p, [&] { drift(call.items.data(), call.items.size(), step, threads); });
+  without_gil(call.p, 1.0, [&] { drift(call.items.data(), call.items.size(), step, threads); });
   return true;
 }
 
@@ -66,7 +67,7 @@ py::object py_kick_drift(py::handle q, py::handle p, py::handle grad, double kic
       !call.read(q, p, grad, inv_mass, recording) ||
       !disjoint({&call.q, &call.p}, {&call.grad, &call.mass.tensors}))
     return py::none();
-  return scalar_tensor(without_gil(call.p, [&] {
+  return scalar_tensor(without_gil(call.p, 1.0, [&] {
     return kick_drift(call.items.data(), call.items.size(), kick, drift, damp, threads);
   }));
 }

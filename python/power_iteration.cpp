@@ -1,75 +1,91 @@
 #include "gti/power_iteration.h"
 
+#include <algorithm>
+#include <cmath>
+#include <string_view>
+
 #include "bindings.h"
 #include "tensors.h"
 
 namespace gti {
 
-// weights: list of [out, ...], each one matrix [out, −1], or, batched, of [...,
-// m, n]; u, v: lists of B·m, B·n elements of the compute type; start: list of
-// B·n elements or empty; numbers: fp64 [3, M] for σ, residual, upper of all M
-// matrices; counts: address of int64 [M]; flags: address of bool [M]. Written:
-// u, v, numbers, counts, flags. False where the tensors are not what the kernel
-// takes: then nothing has been touched.
-static bool py_power_iteration(const py::list& weights, bool batched, const py::list& u,
-                               const py::list& v, const py::list& start, const py::object& numbers,
-                               intptr_t counts, intptr_t flags, const std::string& method,
-                               int64_t max_steps, double tol, uint64_t seed, int threads) {
-  std::vector<View> ws, us, vs, starts;
-  View all;
-  if (!views_of(weights, ws) || !views_of(u, us) || !views_of(v, vs) || !views_of(start, starts) ||
-      !view_of(numbers, all) || all.dtype != DType::f64)
-    return false;
-  if (us.size() != ws.size() || vs.size() != ws.size() ||
-      (!starts.empty() && starts.size() != ws.size()))
-    return false;
-  struct Size {
-    int64_t batch, m, n;
-  };
-  std::vector<Size> sizes;
-  int64_t total = 0;
-  for (const View& w : ws) {
-    if (w.ndim < 2) return false;
-    Size size{1, w.shape[0], 1};
-    if (batched) size = {1, w.shape[w.ndim - 2], w.shape[w.ndim - 1]};
-    for (int32_t d = batched ? 0 : 1; d < (batched ? w.ndim - 2 : w.ndim); ++d)
-      (batched ? size.batch : size.n) *= w.shape[d];
-    sizes.push_back(size);
-    total += size.batch;
-  }
-  if (all.count != 3 * total || !is_contiguous(all)) return false;
-  auto* sigma = reinterpret_cast<double*>(all.data);
+// weights: a tensor [..., m, n], or a list of tensors [out, ...], each one matrix [out, −1]; start:
+// None, or right vectors for them, a tensor or a list. The tuple (sigma, u, v, residual, steps,
+// converged, upper) in the shapes of the public result, or None where an argument is not what the
+// kernel takes.
+static py::object py_power_iteration(py::handle weights, py::handle start, std::string_view method,
+                                     int64_t max_steps, double tol, uint64_t seed, int threads) {
+  const bool list = PyList_Check(weights.ptr());
+  std::vector<View> ws, starts;
+  if (!views_of(weights, ws) || ws.empty() || (!start.is_none() && !views_of(start, starts)) ||
+      (!starts.empty() && starts.size() != ws.size()) || max_steps < 1 ||
+      !(tol >= 0.0 && std::isfinite(tol)) || (method != "cg" && method != "power"))
+    return py::none();
   std::vector<PowerIterationItem> items(ws.size());
-  int64_t at = 0;
+  std::vector<int64_t> all;  // the axes of the matrices
+  int64_t total = 0;
+  bool any_double = false;
   for (size_t i = 0; i < ws.size(); ++i) {
     const View& w = ws[i];
-    const auto [batch, m, n] = sizes[i];
+    if (w.ndim < 2 || !is_contiguous(w)) return py::none();
     const DType compute = w.dtype == DType::f64 ? DType::f64 : DType::f32;
-    const auto fits = [compute, count = batch](const View& x, int64_t length) {
-      return x.dtype == compute && x.count == count * length && is_contiguous(x);
+    const int64_t m = list ? w.shape[0] : w.shape[w.ndim - 2];
+    if (m == 0 || (list ? w.count : w.shape[w.ndim - 1]) == 0) return py::none();
+    const int64_t n = list ? w.count / m : w.shape[w.ndim - 1], batch = w.count / (m * n);
+    items[i] = {w.dtype, batch, m, n, w.data, nullptr};
+    if (!starts.empty()) {
+      const View& v = starts[i];
+      if (v.dtype != compute || v.count != batch * n || !is_contiguous(v)) return py::none();
+      items[i].start = v.data;
+    }
+    total += batch;
+    any_double |= compute == DType::f64;
+    if (!list) all.assign(w.shape, w.shape + w.ndim - 2);
+  }
+  if (list) all = {total};
+  const auto with = [](std::vector<int64_t> shape, std::initializer_list<int64_t> more) {
+    shape.insert(shape.end(), more);
+    return shape;
+  };
+  py::list us, vs;
+  for (auto& item : items) {
+    const auto vectors = [&](int64_t length, void*& data) -> py::object {
+      const auto shape = with(list ? std::vector<int64_t>{} : all, {length, 1});
+      if (item.dtype == DType::f64) return new_tensor(shape, reinterpret_cast<double**>(&data));
+      return new_tensor(shape, reinterpret_cast<float**>(&data));
     };
-    if (!is_contiguous(w) || !fits(us[i], m) || !fits(vs[i], n) ||
-        (!starts.empty() && !fits(starts[i], n)))
-      return false;
-    items[i] = {w.dtype,
-                batch,
-                m,
-                n,
-                w.data,
-                starts.empty() ? nullptr : starts[i].data,
-                us[i].data,
-                vs[i].data,
-                sigma + at,
-                sigma + total + at,
-                sigma + 2 * total + at,
-                reinterpret_cast<int64_t*>(counts) + at,
-                reinterpret_cast<bool*>(flags) + at};
-    at += batch;
+    us.append(vectors(item.m, item.u));
+    vs.append(vectors(item.n, item.v));
+  }
+  int64_t* steps;
+  bool* converged;
+  py::object steps_tensor = new_tensor(all, &steps), flags_tensor = new_tensor(all, &converged);
+  std::vector<double> numbers(3 * total);  // σ, residual, upper
+  int64_t at = 0;
+  for (auto& item : items) {
+    item.sigma = numbers.data() + at;
+    item.residual = numbers.data() + total + at;
+    item.upper = numbers.data() + 2 * total + at;
+    item.steps = steps + at;
+    item.converged = converged + at;
+    at += item.batch;
   }
   const auto how = method == "power" ? PowerMethod::power : PowerMethod::cg;
-  py::gil_scoped_release release;
-  power_iteration(items.data(), items.size(), how, max_steps, tol, seed, threads);
-  return true;
+  without_gil(ws, static_cast<double>(max_steps), [&] {
+    power_iteration(items.data(), items.size(), how, max_steps, tol, seed, threads);
+  });
+  const auto row = [&](int i, const std::vector<int64_t>& shape) -> py::object {
+    const double* from = numbers.data() + i * total;
+    const auto copy = [&](auto* to) {
+      py::object tensor = new_tensor(shape, &to);
+      std::copy(from, from + total, to);
+      return tensor;
+    };
+    return any_double ? copy(static_cast<double*>(nullptr)) : copy(static_cast<float*>(nullptr));
+  };
+  const auto sigma = row(0, with(all, {1})), residual = row(1, with(all, {1}));
+  if (list) return py::make_tuple(sigma, us, vs, residual, steps_tensor, flags_tensor, row(2, all));
+  return py::make_tuple(sigma, us[0], vs[0], residual, steps_tensor, flags_tensor, row(2, all));
 }
 
 void bind_power_iteration(py::module_& module) {

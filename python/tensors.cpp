@@ -1,7 +1,8 @@
 #include "tensors.h"
 
 #include <algorithm>
-#include <cstring>
+#include <new>
+#include <type_traits>
 #include <utility>
 
 namespace gti {
@@ -18,8 +19,7 @@ struct ManagedTensor {
 struct ExchangeTable {
   uint32_t major, minor;
   ExchangeTable* previous;
-  int (*allocate)(DLTensor* prototype, ManagedTensor** out, void* error_context,
-                  void (*set_error)(void* context, const char* kind, const char* message));
+  void* allocate;
   void* managed_from_object;
   int (*object_from_managed)(ManagedTensor* tensor, void** out);
   int (*tensor_from_object)(void* object, DLTensor* out);
@@ -28,18 +28,17 @@ struct ExchangeTable {
 
 constexpr uint32_t kMajor = 1;
 constexpr int32_t kCpu = 1;
-constexpr uint8_t kFloat = 2, kBfloat = 4;
+constexpr uint8_t kInt = 0, kFloat = 2, kBfloat = 4, kBool = 6;
 
 std::vector<PyTypeObject*> tensor_types;  // held for the life of the process
 ExchangeTable* table = nullptr;
 
 using Range = std::pair<const char*, const char*>;
 
-struct Names {
-  PyObject* is_neg = PyUnicode_InternFromString("is_neg");
-  PyObject* requires_grad = PyUnicode_InternFromString("requires_grad");
-};
-Names names;  // made when the module is loaded
+// Tensor.is_neg and Tensor.requires_grad, called without a search for the name: neither
+// torch.Tensor nor torch.nn.Parameter overrides them.
+PyMethodDef* is_neg = nullptr;
+PyGetSetDef* requires_grad = nullptr;
 
 // Consumes the reference; an error counts as true.
 bool is_true(PyObject* object) {
@@ -58,6 +57,13 @@ void set_tensor_types(const py::tuple& types) {
   while (found && found->major != kMajor) found = found->previous;
   if (!found || !found->tensor_from_object)
     throw py::import_error("this torch publishes no DLPack 1 exchange table");
+  const py::object method = types[0].attr("is_neg"), property = types[0].attr("requires_grad");
+  if (Py_TYPE(method.ptr()) != &PyMethodDescr_Type ||
+      Py_TYPE(property.ptr()) != &PyGetSetDescr_Type)
+    throw py::import_error("Tensor.is_neg or Tensor.requires_grad of this torch is not native");
+  is_neg = reinterpret_cast<PyMethodDescrObject*>(method.ptr())->d_method;
+  requires_grad = reinterpret_cast<PyGetSetDescrObject*>(property.ptr())->d_getset;
+  if (is_neg->ml_flags != METH_NOARGS) throw py::import_error("Tensor.is_neg takes arguments");
   table = found;
   tensor_types.clear();
   for (auto type : types) {
@@ -69,8 +75,8 @@ void set_tensor_types(const py::tuple& types) {
 bool view_of(py::handle object, View& view, bool recording) {
   const auto* type = Py_TYPE(object.ptr());
   if (std::find(tensor_types.begin(), tensor_types.end(), type) == tensor_types.end()) return false;
-  if (is_true(PyObject_CallMethodNoArgs(object.ptr(), names.is_neg))) return false;
-  if (recording && is_true(PyObject_GetAttr(object.ptr(), names.requires_grad))) return false;
+  if (is_true(is_neg->ml_meth(object.ptr(), nullptr))) return false;
+  if (recording && is_true(requires_grad->get(object.ptr(), requires_grad->closure))) return false;
   DLTensor t;
   if (table->tensor_from_object(object.ptr(), &t) != 0) {
     PyErr_Clear();
@@ -108,17 +114,53 @@ bool views_of(py::handle objects, std::vector<View>& views, bool recording) {
   return true;
 }
 
-py::object scalar_tensor(double value) {
-  DLTensor like{nullptr, kCpu, 0, 0, kFloat, 64, 1, nullptr, nullptr, 0};
-  ManagedTensor* managed = nullptr;
-  const auto fail = [](void*, const char*, const char* message) {
-    PyErr_SetString(PyExc_RuntimeError, message);
+template <class T>
+py::object new_tensor(const std::vector<int64_t>& shape, T** data) {
+  constexpr uint8_t kCode = std::is_same_v<T, bool>      ? kBool
+                            : std::is_same_v<T, int64_t> ? kInt
+                                                         : kFloat;
+  // One block of memory: this head, the elements, shape and strides.
+  struct alignas(64) Head {
+    ManagedTensor managed;
+    static void free(ManagedTensor* m) { ::operator delete(m, std::align_val_t(alignof(Head))); }
   };
+  const size_t ndim = shape.size();
+  size_t count = 1;
+  for (int64_t n : shape) count *= n;
+  const size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
+  void* block = ::operator new(sizeof(Head) + bytes + 2 * ndim * sizeof(int64_t),
+                               std::align_val_t(alignof(Head)));
+  *data = reinterpret_cast<T*>(static_cast<char*>(block) + sizeof(Head));
+  auto* sizes = reinterpret_cast<int64_t*>(reinterpret_cast<char*>(*data) + bytes);
+  int64_t stride = 1;
+  for (size_t d = ndim; d-- > 0; stride *= shape[d]) {
+    sizes[d] = shape[d];
+    sizes[ndim + d] = stride;
+  }
+  auto* head = new (block) Head{{kMajor,
+                                 0,
+                                 nullptr,
+                                 &Head::free,
+                                 0,
+                                 {*data, kCpu, 0, static_cast<int32_t>(ndim), kCode, sizeof(T) * 8,
+                                  1, sizes, sizes + ndim, 0}}};
   void* object = nullptr;
-  if (table->allocate(&like, &managed, nullptr, fail) != 0) throw py::error_already_set();
-  std::memcpy(managed->tensor.data, &value, sizeof(value));
-  if (table->object_from_managed(managed, &object) != 0) throw py::error_already_set();
+  if (table->object_from_managed(&head->managed, &object) != 0) {
+    Head::free(&head->managed);
+    throw py::error_already_set();
+  }
   return py::reinterpret_steal<py::object>(static_cast<PyObject*>(object));
+}
+template py::object new_tensor(const std::vector<int64_t>&, double**);
+template py::object new_tensor(const std::vector<int64_t>&, float**);
+template py::object new_tensor(const std::vector<int64_t>&, int64_t**);
+template py::object new_tensor(const std::vector<int64_t>&, bool**);
+
+py::object scalar_tensor(double value) {
+  double* data;
+  py::object tensor = new_tensor({}, &data);
+  *data = value;
+  return tensor;
 }
 
 bool is_contiguous(const View& view) {

@@ -47,7 +47,10 @@ bool view_of(py::handle object, View& view, bool recording = false);
 // One view for each object of a list, or one for a single tensor; false as above.
 bool views_of(py::handle objects, std::vector<View>& views, bool recording = false);
 
-// A new 0-d fp64 tensor.
+// A new contiguous tensor with memory of its own, of T = double, float, int64_t or bool; `data` is
+// where its elements are to be written.
+template <class T>
+py::object new_tensor(const std::vector<int64_t>& shape, T** data);
 py::object scalar_tensor(double value);
 
 // Every element is visited once by counting through `count` elements from

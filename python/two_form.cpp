@@ -5,34 +5,33 @@
 
 namespace gti {
 
-// dq, dp: lists of [m, N_t]; omega, bound and, unless None, metric: fp64 [m,
-// m], written. False where the tensors are not what the kernel takes: then
-// nothing has been touched.
-static bool py_two_form(const py::list& dq, const py::list& dp, const py::object& omega,
-                        const py::object& bound, const py::object& metric, int threads) {
+// dq, dp: tensors [m, ...] or lists of them. The tuple (omega, bound, metric or None), or None
+// where an argument is not what the kernel takes.
+static py::object py_two_form(py::handle dq, py::handle dp, bool metric, bool recording,
+                              int threads) {
   std::vector<View> qs, ps;
-  View out[3];
-  if (!views_of(dq, qs) || !views_of(dp, ps) || qs.size() != ps.size() || qs.empty()) return false;
-  const bool with_metric = !metric.is_none();
-  if (qs[0].ndim != 2 || !view_of(omega, out[0]) || !view_of(bound, out[1]) ||
-      (with_metric && !view_of(metric, out[2])))
-    return false;
+  if (!views_of(dq, qs, recording) || !views_of(dp, ps, recording) || qs.size() != ps.size() ||
+      qs.empty() || qs[0].ndim < 2)
+    return py::none();
   const int64_t m = qs[0].shape[0];
-  for (int i = 0; i < (with_metric ? 3 : 2); ++i)
-    if (out[i].dtype != DType::f64 || out[i].count != m * m || !is_contiguous(out[i])) return false;
   std::vector<TwoFormItem> items(qs.size());
+  int64_t coordinates = 0;
   for (size_t i = 0; i < qs.size(); ++i) {
-    if (qs[i].ndim != 2 || qs[i].shape[0] != m || !is_contiguous(qs[i]) || !is_contiguous(ps[i]) ||
-        ps[i].ndim != 2 || ps[i].shape[0] != m || ps[i].shape[1] != qs[i].shape[1] ||
-        ps[i].dtype != qs[i].dtype)
-      return false;
-    items[i] = {qs[i].dtype, qs[i].shape[1], qs[i].data, ps[i].data};
+    const View &q = qs[i], &p = ps[i];
+    if (q.ndim < 2 || q.shape[0] != m || m == 0 || !is_contiguous(q) || !is_contiguous(p) ||
+        !same_layout(q, p))
+      return py::none();
+    items[i] = {q.dtype, q.count / m, q.data, p.data};
+    coordinates += q.count / m;
   }
-  py::gil_scoped_release release;
-  two_form(items.data(), items.size(), m, reinterpret_cast<double*>(out[0].data),
-           reinterpret_cast<double*>(out[1].data),
-           with_metric ? reinterpret_cast<double*>(out[2].data) : nullptr, threads);
-  return true;
+  if (coordinates == 0) return py::none();
+  double *omega, *bound, *gram = nullptr;
+  py::object omega_tensor = new_tensor({m, m}, &omega), bound_tensor = new_tensor({m, m}, &bound),
+             metric_tensor = py::none();
+  if (metric) metric_tensor = new_tensor({m, m}, &gram);
+  without_gil(qs, static_cast<double>(m),
+              [&] { two_form(items.data(), items.size(), m, omega, bound, gram, threads); });
+  return py::make_tuple(omega_tensor, bound_tensor, metric_tensor);
 }
 
 void bind_two_form(py::module_& module) { module.def("two_form", &py_two_form); }

@@ -290,7 +290,8 @@ def _kick_drift_on_cpu(
     except TypeError:
         return None
     if energy is not None:
-        increment_version([*tensor_list(q), *tensor_list(p)])
+        single = isinstance(q, Tensor) and isinstance(p, Tensor)
+        increment_version((q, p) if single else [*tensor_list(q), *tensor_list(p)])
     return energy
 
 

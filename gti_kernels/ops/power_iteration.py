@@ -78,6 +78,11 @@ def power_iteration(
     >>> round(float(r.sigma), 4), bool(r.converged)
     (3.0, True)
     """
+    one = type(k) is int and k == 1 and (start is None or isinstance(start, SingularTriples))
+    if one and backend in ("auto", "cpu") and is_plain_eager():
+        out = _on_cpu(weights, start and start.v, method, max_steps, tol, seed)
+        if out is not None:
+            return SingularTriples(*out)
     _check_settings(method, max_steps, tol, seed)
     ws, batched = _weight_list(weights)
     with torch.no_grad():
@@ -229,9 +234,14 @@ def _power_iteration(
     steps, converged and upper [M] of M matrices."""
     device, limits = limits_of_power_iteration(weights[0] if batched else list(weights), k=k)
     chosen = backends.choose("power_iteration", device, backend, limits)
+    flat = [w.reshape(_sizes(w, batched)).contiguous().resolve_neg() for w in weights]
     if chosen == "cpu":
-        return _on_cpu(weights, batched, method, max_steps, tol, start, seed)
-    flat = [w.reshape(_sizes(w, batched)).resolve_neg() for w in weights]
+        ws = flat[0] if batched else [w[0] for w in flat]
+        vs = None if not start else start[0] if batched else start
+        out = _on_cpu(ws, vs, method, max_steps, tol, seed)
+        assert out is not None, "the compiled kernel takes whatever passes the checks"
+        sigma, u, v, *rest = out
+        return (sigma, [u], [v], *rest) if batched else out
     settings = (k, method, max_steps, tol, start or None, seed)
     if chosen == "triton":
         from ..triton_kernels import power_iteration as triton
@@ -248,46 +258,17 @@ def _power_iteration(
 
 
 def _on_cpu(
-    weights: list[Tensor],
-    batched: bool,
-    method: str,
-    max_steps: int,
-    tol: float,
-    start: list[Tensor],
-    seed: int,
-) -> Outputs:
-    ws = [w.contiguous().resolve_neg() for w in weights]
-    u, v, count = [], [], 0
-    for w in ws:
-        b, m, n = _sizes(w, batched)
-        c = compute_dtype(w.dtype)
-        u.append(torch.empty((b, m, 1) if batched else (m, 1), dtype=c))
-        v.append(torch.empty((b, n, 1) if batched else (n, 1), dtype=c))
-        count += b
-    numbers = torch.empty(3, count, dtype=torch.float64)
-    steps = torch.empty(count, dtype=torch.int64)
-    converged = torch.empty(count, dtype=torch.bool)
-    assert backends.compiled is not None
-    done = backends.compiled.power_iteration(
-        ws,
-        batched,
-        u,
-        v,
-        start,
-        numbers,
-        steps.data_ptr(),
-        converged.data_ptr(),
-        method,
-        max_steps,
-        tol,
-        seed & (2**64 - 1),
-        torch.get_num_threads(),
-    )
-    assert done, "the compiled kernel takes whatever passes the checks"
-    # Three outputs of their own: those of an op may not share memory.
-    real = _result_dtype(ws)
-    sigma, residual, upper = (x.to(real, copy=True) for x in numbers.unbind())
-    return sigma[:, None], u, v, residual[:, None], steps, converged, upper
+    weights: Any, start: Any, method: Any, max_steps: Any, tol: Any, seed: Any
+) -> tuple[Any, ...] | None:
+    """The fields of the result, or None where the compiled part is missing or something is odd."""
+    if backends.compiled is None:
+        return None
+    try:
+        return backends.compiled.power_iteration(
+            weights, start, method, max_steps, tol, seed & (2**64 - 1), torch.get_num_threads()
+        )
+    except TypeError:  # a setting of another type: the checks have the words
+        return None
 
 
 def _result_dtype(weights: list[Tensor]) -> torch.dtype:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, get_num_threads, is_grad_enabled
 
 from .. import backends
 from ..reference import two_form as reference
@@ -56,6 +56,8 @@ def two_form(
     tensor([[ 0.,  1.],
             [-1.,  0.]], dtype=torch.float64)
     """
+    if is_plain_eager() and (out := _on_cpu(dq, dp, metric, backend)) is not None:
+        return TwoForm(*out)
     dqs, dps = tensor_list(dq), tensor_list(dp)
     refuse_derivative("two_form", [*dqs, *dps], "Pass detached tangents")
     if is_plain_eager():
@@ -65,25 +67,28 @@ def two_form(
     return TwoForm(omega, bound, gram if metric else None)
 
 
+def _on_cpu(
+    dq: Any, dp: Any, metric: bool, backend: str
+) -> tuple[Tensor, Tensor, Tensor | None] | None:
+    """The result, or None where the call is not for the compiled kernel or an argument is odd."""
+    if backends.compiled is None or backend not in ("auto", "cpu"):
+        return None
+    return backends.compiled.two_form(dq, dp, metric, is_grad_enabled(), get_num_threads())
+
+
 def _two_form(
     dq: list[Tensor], dp: list[Tensor], metric: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     device, limits = limits_of_two_form(dq, dp)
     chosen = backends.choose("two_form", device, backend, limits)
-    m = dq[0].shape[0]
     q = [t.flatten(1).contiguous().resolve_neg() for t in dq]
     p = [t.flatten(1).contiguous().resolve_neg() for t in dp]
     if chosen == "cpu":
-        omega = q[0].new_empty((m, m), dtype=torch.float64)
-        bound = torch.empty_like(omega)
-        gram = q[0].new_empty((m, m) if metric else 0, dtype=torch.float64)
-        compiled = backends.compiled
-        assert compiled is not None
-        threads = torch.get_num_threads()
-        done = compiled.two_form(q, p, omega, bound, gram if metric else None, threads)
-        assert done, "the compiled kernel takes whatever passes the checks"
-        return omega, bound, gram
-    if chosen == "triton":
+        with torch.no_grad():
+            out = _on_cpu(q, p, metric, "cpu")
+        assert out is not None, "the compiled kernel takes whatever passes the checks"
+        omega, bound, result = out
+    elif chosen == "triton":
         from ..triton_kernels import two_form as triton
 
         omega, bound, result = triton.two_form(q, p, metric)
