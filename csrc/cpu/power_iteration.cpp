@@ -50,39 +50,69 @@ struct Sizes {
   }
 };
 
+// One vector of the compute type for each of the vectors that 64 bytes of W become.
+template <class T>
+constexpr int kVectors = std::is_same_v<T, bf16> ? 2 : 1;
+
+// bf16 widens with a shift and a mask of its pairs: even columns, then odd ones. Where W is read in
+// this way (in_pairs) every vector of length n keeps its elements in that order.
+template <class T>
+bool in_pairs(int64_t n) {
+  return std::is_same_v<T, bf16> && n % 32 == 0;
+}
+inline int64_t place_in_pairs(int64_t j) { return j / 32 * 32 + j % 2 * 16 + j / 2 % 16; }
+
+template <int N, class T, class V>
+GTI_INLINE void load_block(const T* w, V (&out)[kVectors<T>]) {
+  if constexpr (std::is_same_v<T, bf16>) {
+    const auto pairs = bits_as<Vec<uint32_t, N>>(load<N>(reinterpret_cast<const float*>(w)));
+    out[0] = bits_as<V>(pairs << 16);
+    out[1] = bits_as<V>(pairs & 0xffff0000u);
+  } else {
+    out[0] = load<N>(w);
+  }
+}
+
 // Two sweeps over rows of np columns in one, so that reading ahead and computing overlap: y [R] = w
 // x, and z [np] += beforeᵀ y_before for the rows before, whose y is known. With kMeasure, also adds
 // the rows w to sizes.
 template <int R, bool kDot, bool kUpdate, bool kMeasure, class T, class C>
 GTI_INLINE void row_group(const T* w, const T* before, int64_t np, const C* x, const C* y_before,
                           C* y, C* z, Sizes<C>* sizes) {
-  constexpr int N = kLanes<C>;
-  Vec<C, N> sum[R] = {}, y_v[R] = {}, size[R] = {}, squares = {};
+  constexpr int N = kLanes<C>, Q = kVectors<T>;
+  Vec<C, N> sum[R] = {}, y_v[R] = {}, size[R] = {}, squares = {}, w_v[Q];
   for (int r = 0; kUpdate && r < R; ++r) y_v[r] += y_before[r];
-  for (int64_t j = 0; j < np; j += N) {
+  for (int64_t j = 0; j < np; j += Q * N) {
     if constexpr (kDot) {
-      const auto x_v = load<N>(x + j);
-      Vec<C, N> column = {};
+      Vec<C, N> x_v[Q], column[Q] = {};
+      for (int q = 0; q < Q; ++q) x_v[q] = load<N>(x + j + q * N);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        const auto w_v = load<N>(w + r * np + j);
-        sum[r] += w_v * x_v;
-        if constexpr (kMeasure) {
-          const auto magnitude = abs<N>(w_v);
-          size[r] += magnitude;
-          column += magnitude;
-          squares += w_v * w_v;
+        load_block<N>(w + r * np + j, w_v);
+        for (int q = 0; q < Q; ++q) {
+          sum[r] += w_v[q] * x_v[q];
+          if constexpr (kMeasure) {
+            const auto magnitude = abs<N>(w_v[q]);
+            size[r] += magnitude;
+            column[q] += magnitude;
+            squares += w_v[q] * w_v[q];
+          }
         }
       }
-      if constexpr (kMeasure) {
-        store(sizes->column + j, load<N>(sizes->column + j) + column);
+      for (int q = 0; kMeasure && q < Q; ++q) {
+        C* column_at = sizes->column + j + q * N;
+        store(column_at, load<N>(column_at) + column[q]);
       }
     }
     if constexpr (kUpdate) {
-      Vec<C, N> z_v[2] = {load<N>(z + j), {}};
+      Vec<C, N> z_v[Q][2] = {};
+      for (int q = 0; q < Q; ++q) z_v[q][0] = load<N>(z + j + q * N);
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) z_v[r % 2] += y_v[r] * load<N>(before + r * np + j);
-      store(z + j, z_v[0] + z_v[1]);
+      for (int r = 0; r < R; ++r) {
+        load_block<N>(before + r * np + j, w_v);
+        for (int q = 0; q < Q; ++q) z_v[q][r % 2] += y_v[r] * w_v[q];
+      }
+      for (int q = 0; q < Q; ++q) store(z + j + q * N, z_v[q][0] + z_v[q][1]);
     }
   }
   if constexpr (kDot) lane_sums<C, N>(sum, y);
@@ -181,6 +211,14 @@ GTI_INLINE void pack_any(const T* w, int64_t rows, int64_t n, C scale, C* out) {
   constexpr int N = kLanes<C>;
   const int64_t np = padded<C>(n), whole = n / N * N;
   for (int64_t r = 0; r < rows; ++r, w += n, out += np) {
+    if (in_pairs<T>(n)) {
+      Vec<C, N> w_v[kVectors<T>];
+      for (int64_t j = 0; j < n; j += kVectors<T> * N) {
+        load_block<N>(w + j, w_v);
+        for (int q = 0; q < kVectors<T>; ++q) store(out + j + q * N, scale * w_v[q]);
+      }
+      continue;
+    }
     for (int64_t j = 0; j < whole; j += N) store(out + j, scale * load<N>(w + j));
     if (whole < np) {
       T tail[N] = {};
@@ -429,10 +467,10 @@ struct Matrix {
 
   const T* w() const { return static_cast<const T*>(item.w) + index * item.m * item.n; }
 
-  // True where a pass can read W as it lies in memory. A half costs more to widen twice than to
-  // pack.
+  // True where a pass can read W as it lies in memory. fp16 costs more to widen twice than to pack.
   bool direct() const {
-    return !std::is_same_v<T, f16> && scale == C(1) && item.n == padded<C>(item.n);
+    return scale == C(1) &&
+           (std::is_same_v<T, C> ? item.n == padded<C>(item.n) : in_pairs<T>(item.n));
   }
 
   // Rows [begin, end), np columns each, of the compute type and scaled.
@@ -458,6 +496,9 @@ struct Matrix {
       length = norm(it.v, it.np);
     }
     scaled_copy(it.v, n, static_cast<C>(1.0 / length), it.v);
+    if (!in_pairs<T>(n)) return;
+    std::copy(it.v, it.v + n, it.r);
+    for (int64_t j = 0; j < n; ++j) it.v[place_in_pairs(j)] = it.r[j];
   }
 
   // Looks at every entry: true where all are finite; the largest magnitude.
@@ -506,6 +547,8 @@ struct Matrix {
     const double wv = norm(it.yv, it.mp), length = norm(it.v, it.np);
     item.sigma[index] = wv / length * inverse;
     scaled_copy(it.v, n, static_cast<C>(1.0 / length), v);
+    for (int64_t j = 0; in_pairs<T>(n) && j < n; ++j)
+      v[j] = it.v[place_in_pairs(j)] * static_cast<C>(1.0 / length);
     if (wv > 0.0)
       scaled_copy(it.yv, m, static_cast<C>(1.0 / wv), u);
     else
