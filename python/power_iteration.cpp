@@ -13,13 +13,15 @@ namespace gti {
 // None, or right vectors for them, a tensor or a list. The tuple (sigma, u, v, residual, steps,
 // converged, upper) in the shapes of the public result, or None where an argument is not what the
 // kernel takes.
-static py::object py_power_iteration(py::handle weights, py::handle start, std::string_view method,
-                                     int64_t max_steps, double tol, uint64_t seed, int threads) {
+static py::object py_power_iteration(py::handle weights, py::handle start, int k,
+                                     std::string_view method, int64_t max_steps, double tol,
+                                     uint64_t seed, int threads) {
   const bool list = PyList_Check(weights.ptr());
   std::vector<View> ws, starts;
   if (!views_of(weights, ws) || ws.empty() || (!start.is_none() && !views_of(start, starts)) ||
-      (!starts.empty() && starts.size() != ws.size()) || max_steps < 1 ||
-      !(tol >= 0.0 && std::isfinite(tol)) || (method != "cg" && method != "power"))
+      (!starts.empty() && starts.size() != ws.size()) || max_steps < 1 || k < 1 ||
+      k > kMaxTriples || !(tol >= 0.0 && std::isfinite(tol)) ||
+      (method != "cg" && method != "power"))
     return py::none();
   std::vector<PowerIterationItem> items(ws.size());
   std::vector<int64_t> all;  // the axes of the matrices
@@ -32,10 +34,11 @@ static py::object py_power_iteration(py::handle weights, py::handle start, std::
     const int64_t m = list ? w.shape[0] : w.shape[w.ndim - 2];
     if (m == 0 || (list ? w.count : w.shape[w.ndim - 1]) == 0) return py::none();
     const int64_t n = list ? w.count / m : w.shape[w.ndim - 1], batch = w.count / (m * n);
+    if (k > std::min(m, n)) return py::none();
     items[i] = {w.dtype, batch, m, n, w.data, nullptr};
     if (!starts.empty()) {
       const View& v = starts[i];
-      if (v.dtype != compute || v.count != batch * n || !is_contiguous(v)) return py::none();
+      if (v.dtype != compute || v.count != batch * n * k || !is_contiguous(v)) return py::none();
       items[i].start = v.data;
     }
     total += batch;
@@ -50,7 +53,7 @@ static py::object py_power_iteration(py::handle weights, py::handle start, std::
   py::list us, vs;
   for (auto& item : items) {
     const auto vectors = [&](int64_t length, void*& data) -> py::object {
-      const auto shape = with(list ? std::vector<int64_t>{} : all, {length, 1});
+      const auto shape = with(list ? std::vector<int64_t>{} : all, {length, k});
       if (item.dtype == DType::f64) return new_tensor(shape, reinterpret_cast<double**>(&data));
       return new_tensor(shape, reinterpret_cast<float**>(&data));
     };
@@ -60,32 +63,34 @@ static py::object py_power_iteration(py::handle weights, py::handle start, std::
   int64_t* steps;
   bool* converged;
   py::object steps_tensor = new_tensor(all, &steps), flags_tensor = new_tensor(all, &converged);
-  std::vector<double> numbers(3 * total);  // σ, residual, upper
+  std::vector<double> numbers((2 * k + 1) * total);  // σ, residual, upper
   int64_t at = 0;
   for (auto& item : items) {
-    item.sigma = numbers.data() + at;
-    item.residual = numbers.data() + total + at;
-    item.upper = numbers.data() + 2 * total + at;
+    item.sigma = numbers.data() + k * at;
+    item.residual = numbers.data() + k * (total + at);
+    item.upper = numbers.data() + 2 * k * total + at;
     item.steps = steps + at;
     item.converged = converged + at;
     at += item.batch;
   }
   const auto how = method == "power" ? PowerMethod::power : PowerMethod::cg;
-  without_gil(ws, static_cast<double>(max_steps), [&] {
-    power_iteration(items.data(), items.size(), how, max_steps, tol, seed, threads);
+  without_gil(ws, static_cast<double>(k) * static_cast<double>(max_steps), [&] {
+    power_iteration(items.data(), items.size(), k, how, max_steps, tol, seed, threads);
   });
-  const auto row = [&](int i, const std::vector<int64_t>& shape) -> py::object {
-    const double* from = numbers.data() + i * total;
-    const auto copy = [&](auto* to) {
+  const auto copy = [&](int64_t from, std::initializer_list<int64_t> more) -> py::object {
+    const auto shape = with(all, more);
+    const int64_t count = more.size() ? k * total : total;
+    const auto fill = [&](auto* to) {
       py::object tensor = new_tensor(shape, &to);
-      std::copy(from, from + total, to);
+      std::copy_n(numbers.data() + from, count, to);
       return tensor;
     };
-    return any_double ? copy(static_cast<double*>(nullptr)) : copy(static_cast<float*>(nullptr));
+    return any_double ? fill(static_cast<double*>(nullptr)) : fill(static_cast<float*>(nullptr));
   };
-  const auto sigma = row(0, with(all, {1})), residual = row(1, with(all, {1}));
-  if (list) return py::make_tuple(sigma, us, vs, residual, steps_tensor, flags_tensor, row(2, all));
-  return py::make_tuple(sigma, us[0], vs[0], residual, steps_tensor, flags_tensor, row(2, all));
+  const auto sigma = copy(0, {k}), residual = copy(k * total, {k}), upper = copy(2 * k * total, {});
+  const py::object u = list ? py::object(us) : py::object(us[0]);
+  const py::object v = list ? py::object(vs) : py::object(vs[0]);
+  return py::make_tuple(sigma, u, v, residual, steps_tensor, flags_tensor, upper);
 }
 
 void bind_power_iteration(py::module_& module) {

@@ -367,31 +367,80 @@ def test_a_start_of_no_use_is_replaced(backend):
         assert float(r.sigma) == pytest.approx(float(svdvals(w)[0]), rel=1e-9)
 
 
+@every_backend
 @every_method
 @every_dtype
-def test_several_triples(dtype, method):
+def test_several_triples(dtype, method, backend):
     w = testing.with_spectrum(0.6 ** index(12), 20, 12, dtype=dtype)
     k = 4
-    r = gti.power_iteration(w, k=k, method=method, tol=1e-5, max_steps=300)
+    r = gti.power_iteration(w, k=k, method=method, tol=1e-5, max_steps=300, backend=backend)
     eps = torch.finfo(r.u.dtype).eps
     assert bool(r.converged) and r.sigma.shape == (k,)
     torch.testing.assert_close(r.sigma.double(), svdvals(w)[:k], rtol=1e-4, atol=0)
-    assert bool((r.sigma[:-1] >= r.sigma[1:]).all())
-    eye = torch.eye(k, dtype=torch.float64)
-    for x in (r.u.double(), r.v.double()):
-        torch.testing.assert_close(x.T @ x, eye, rtol=0, atol=200 * eps)
-    assert float((w.double() @ r.v.double() - r.u.double() * r.sigma).abs().max()) <= 200 * eps
-    start = gti.power_iteration(w, k=k, tol=1e-5, start=r)
+    check_several(w, r, atol=200 * eps)
+    start = gti.power_iteration(w, k=k, tol=1e-5, start=r, backend=backend)
     assert int(start.steps) <= 2
 
 
-def test_as_many_triples_as_there_are():
+def check_several(w: torch.Tensor, r: gti.SingularTriples, atol: float) -> None:
+    """W v = σ u for orthonormal u and v, relative to σ₁ = 1."""
+    assert bool((r.sigma[..., :-1] >= r.sigma[..., 1:] - atol).all())
+    eye = torch.eye(r.sigma.shape[-1], dtype=torch.float64)
+    u, v = r.u.double(), r.v.double()
+    for x in (u, v):
+        torch.testing.assert_close(x.mT @ x, eye.expand_as(x.mT @ x), rtol=0, atol=atol)
+    assert float((w.double() @ v - u * r.sigma.double()[..., None, :]).abs().max()) <= atol
+
+
+@every_dtype
+@pytest.mark.parametrize("method", ["cg", "power"])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 5), (40, 64), (33, 147), (1025, 96), (70, 2080)])
+@pytest.mark.parametrize("k", [2, 3, 16])
+def test_several_triples_of_every_kind_of_row(shape, k, method, dtype):
+    """Packed, in pairs, with and without tails, small and large; k odd, even, the most."""
+    k = min(k, *shape)
+    w = testing.with_spectrum(0.7 ** index(min(shape)), *shape, dtype=dtype)
+    tol = 1e-5 if dtype == torch.float64 else 1e-3
+    r = gti.power_iteration(w, k=k, method=method, tol=tol, max_steps=2000, backend="cpu")
+    assert bool(r.converged)
+    eps = torch.finfo(r.u.dtype).eps
+    # The residual bounds the error of θ = σ², relative to θ₁ = 1.
+    torch.testing.assert_close(r.sigma.double() ** 2, svdvals(w)[:k] ** 2, rtol=0, atol=2 * tol)
+    check_several(w, r, atol=4000 * eps)
+
+
+@every_method
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(30, 20), (600, 400)])
+def test_the_compiled_kernel_goes_the_way_of_the_reference(shape, k, method):
+    w = numbers(*shape)
+    for steps in (1, 2, 5):
+        options = dict(k=k, method=method, max_steps=steps, tol=0.0)
+        cpu, ref = (gti.power_iteration(w, backend=b, **options) for b in BACKENDS)
+        torch.testing.assert_close(cpu.sigma, ref.sigma, rtol=1e-9, atol=0)
+        torch.testing.assert_close(cpu.residual, ref.residual, rtol=1e-6, atol=0)
+        torch.testing.assert_close(cpu.v.abs(), ref.v.abs(), rtol=0, atol=1e-8)  # a sign is free
+
+
+def test_several_triples_are_the_same_bits_for_any_number_of_threads():
+    batch = [numbers(700, 900, dtype=torch.bfloat16), numbers(900, 1024), numbers(30, 40)]
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(gti.power_iteration(batch, k=3, max_steps=5, tol=0, backend="cpu"))
+    for r in results[1:]:
+        assert torch.equal(r.sigma, results[0].sigma)
+        assert all(map(torch.equal, r.u, results[0].u)) and all(map(torch.equal, r.v, results[0].v))
+
+
+@every_backend
+def test_as_many_triples_as_there_are(backend):
     batch = numbers(2, 4, 6)
-    r = gti.power_iteration(batch, k=4, tol=1e-10, max_steps=500)
+    r = gti.power_iteration(batch, k=4, tol=1e-10, max_steps=500, backend=backend)
     torch.testing.assert_close(r.sigma, torch.linalg.svdvals(batch))
     back = r.u @ torch.diag_embed(r.sigma) @ r.v.mT
     torch.testing.assert_close(back, batch)
     low = testing.with_spectrum(torch.tensor([2.0, 1.0]), 6, 5)
-    r = gti.power_iteration(low, k=4, tol=1e-8)
+    r = gti.power_iteration(low, k=4, tol=1e-8, backend=backend)
     torch.testing.assert_close(r.u.T @ r.u, torch.eye(4, dtype=torch.float64))
     assert r.sigma[2:].abs().max() <= 1e-12

@@ -533,7 +533,7 @@ def kernel_calls() -> dict[str, Callable[[], object]]:
         "kinetic_energy": lambda: compiled.kinetic_energy(LARGE, 1.0, False, 1),
         "kick_": lambda: compiled.kick_(LARGE, zero, 0.0, 1.0, False, 1),
         "two_form": lambda: compiled.two_form(z, z, False, False, 1),
-        "power_iteration": lambda: compiled.power_iteration(LARGE, None, "cg", 5, 0.0, 0, 1),
+        "power_iteration": lambda: compiled.power_iteration(LARGE, None, 1, "cg", 5, 0.0, 0, 1),
     }
 
 

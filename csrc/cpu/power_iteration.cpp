@@ -73,24 +73,32 @@ GTI_INLINE void load_block(const T* w, V (&out)[kVectors<T>]) {
   }
 }
 
-// Two sweeps over rows of np columns in one, so that reading ahead and computing overlap: y [R] = w
-// x, and z [np] += beforeᵀ y_before for the rows before, whose y is known. With kMeasure, also adds
-// the rows w to sizes.
-template <int R, bool kDot, bool kUpdate, bool kMeasure, class T, class C>
-GTI_INLINE void row_group(const T* w, const T* before, int64_t np, const C* x, const C* y_before,
+// How K vectors at once lie in memory: x and z [K, np], y [K, mp].
+struct Strides {
+  int64_t np, mp;
+};
+
+// Two sweeps over rows of np columns in one, so that reading ahead and computing overlap: y [K, R]
+// = w x, and z [K, np] += beforeᵀ y_before for the rows before, whose y is known. With kMeasure,
+// also adds the rows w to sizes.
+template <int K, int R, bool kDot, bool kUpdate, bool kMeasure, class T, class C>
+GTI_INLINE void row_group(const T* w, const T* before, Strides at, const C* x, const C* y_before,
                           C* y, C* z, Sizes<C>* sizes) {
   constexpr int N = kLanes<C>, Q = kVectors<T>;
-  Vec<C, N> sum[R] = {}, y_v[R] = {}, size[R] = {}, squares = {}, w_v[Q];
-  for (int r = 0; kUpdate && r < R; ++r) y_v[r] += y_before[r];
+  const int64_t np = at.np;
+  Vec<C, N> sum[K][R] = {}, y_v[K][R] = {}, size[R] = {}, squares = {}, w_v[Q];
+  for (int k = 0; kUpdate && k < K; ++k)
+    for (int r = 0; r < R; ++r) y_v[k][r] += y_before[k * at.mp + r];
   for (int64_t j = 0; j < np; j += Q * N) {
     if constexpr (kDot) {
-      Vec<C, N> x_v[Q], column[Q] = {};
-      for (int q = 0; q < Q; ++q) x_v[q] = load<N>(x + j + q * N);
+      Vec<C, N> x_v[K][Q], column[Q] = {};
+      for (int k = 0; k < K; ++k)
+        for (int q = 0; q < Q; ++q) x_v[k][q] = load<N>(x + k * np + j + q * N);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         load_block<N>(w + r * np + j, w_v);
         for (int q = 0; q < Q; ++q) {
-          sum[r] += w_v[q] * x_v[q];
+          for (int k = 0; k < K; ++k) sum[k][r] += w_v[q] * x_v[k][q];
           if constexpr (kMeasure) {
             const auto magnitude = abs<N>(w_v[q]);
             size[r] += magnitude;
@@ -105,17 +113,23 @@ GTI_INLINE void row_group(const T* w, const T* before, int64_t np, const C* x, c
       }
     }
     if constexpr (kUpdate) {
-      Vec<C, N> z_v[Q][2] = {};
-      for (int q = 0; q < Q; ++q) z_v[q][0] = load<N>(z + j + q * N);
+      constexpr int kChains = K == 1 ? 2 : 1;
+      Vec<C, N> z_v[K][Q][kChains] = {};
+      for (int k = 0; k < K; ++k)
+        for (int q = 0; q < Q; ++q) z_v[k][q][0] = load<N>(z + k * np + j + q * N);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         load_block<N>(before + r * np + j, w_v);
-        for (int q = 0; q < Q; ++q) z_v[q][r % 2] += y_v[r] * w_v[q];
+        for (int k = 0; k < K; ++k)
+          for (int q = 0; q < Q; ++q) z_v[k][q][r % kChains] += y_v[k][r] * w_v[q];
       }
-      for (int q = 0; q < Q; ++q) store(z + j + q * N, z_v[q][0] + z_v[q][1]);
+      for (int k = 0; k < K; ++k)
+        for (int q = 0; q < Q; ++q)
+          store(z + k * np + j + q * N,
+                z_v[k][q][0] + (K == 1 ? z_v[k][q][kChains - 1] : Vec<C, N>{}));
     }
   }
-  if constexpr (kDot) lane_sums<C, N>(sum, y);
+  for (int k = 0; kDot && k < K; ++k) lane_sums<C, N>(sum[k], y + k * at.mp);
   if constexpr (kMeasure) {
     C sums[R];
     lane_sums<C, N>(size, sums);
@@ -124,14 +138,14 @@ GTI_INLINE void row_group(const T* w, const T* before, int64_t np, const C* x, c
 }
 
 // Rows in groups of R, each group's dot products together with the last group's update of z.
-template <int R, bool kMeasure, class T, class C>
-GTI_INLINE void rows_pass(const T* w, int64_t groups, int64_t np, const C* x, C* y, C* z,
+template <int K, int R, bool kMeasure, class T, class C>
+GTI_INLINE void rows_pass(const T* w, int64_t groups, Strides at, const C* x, C* y, C* z,
                           Sizes<C>* sizes) {
   if (groups == 0) return;
-  row_group<R, true, false, kMeasure, T, C>(w, w, np, x, y, y, z, sizes);
-  for (int64_t g = 1; g < groups; ++g, w += R * np, y += R)
-    row_group<R, true, true, kMeasure, T, C>(w + R * np, w, np, x, y, y + R, z, sizes);
-  row_group<R, false, true, false, T, C>(w, w, np, x, y, y, z, sizes);
+  row_group<K, R, true, false, kMeasure, T, C>(w, w, at, x, y, y, z, sizes);
+  for (int64_t g = 1; g < groups; ++g, w += R * at.np, y += R)
+    row_group<K, R, true, true, kMeasure, T, C>(w + R * at.np, w, at, x, y, y + R, z, sizes);
+  row_group<K, R, false, true, false, T, C>(w, w, at, x, y, y, z, sizes);
 }
 
 // The same for rows of V vectors, few enough that x and z stay in registers. Also asks for one part
@@ -187,22 +201,40 @@ GTI_INLINE void narrow_pass(const C* w, int64_t rows, const C* x, C* y, C* z, Si
       store(sizes->column + j * N, load<N>(sizes->column + j * N) + column[j]);
     sizes->frobenius2 += lane_sum<C, N>(squares);
   }
-  rows_pass<1, kMeasure>(w + groups * kGroup, rows % R, V * N, x, y + groups * R, z, sizes);
+  rows_pass<1, 1, kMeasure>(w + groups * kGroup, rows % R, Strides{V * N, 0}, x, y + groups * R, z,
+                            sizes);
+}
+
+template <int K, bool kMeasure, class T, class C>
+GTI_INLINE void all_rows(const T* w, int64_t rows, Strides at, const C* x, C* y, C* z,
+                         Sizes<C>* sizes) {
+  constexpr int R = 8 / K;
+  const int64_t grouped = rows / R * R;
+  rows_pass<K, R, kMeasure>(w, rows / R, at, x, y, z, sizes);
+  rows_pass<K, 1, kMeasure>(w + grouped * at.np, rows % R, at, x, y + grouped, z, sizes);
 }
 
 template <bool kMeasure, class T, class C>
-GTI_INLINE void panel_pass_any(const T* w, int64_t rows, int64_t np, const C* x, C* y, C* z,
+GTI_INLINE void panel_pass_any(const T* w, int64_t rows, int k, Strides at, const C* x, C* y, C* z,
                                Sizes<C>* sizes, const C* ahead) {
   if constexpr (std::is_same_v<T, C>) {
     constexpr int N = kLanes<C>;
-    if (np == N) return narrow_pass<1, kMeasure>(w, rows, x, y, z, sizes, ahead);
-    if (np == 2 * N) return narrow_pass<2, kMeasure>(w, rows, x, y, z, sizes, ahead);
-    if (np == 3 * N) return narrow_pass<3, kMeasure>(w, rows, x, y, z, sizes, ahead);
-    if (np == 4 * N) return narrow_pass<4, kMeasure>(w, rows, x, y, z, sizes, ahead);
+    if (k == 1 && at.np == N) return narrow_pass<1, kMeasure>(w, rows, x, y, z, sizes, ahead);
+    if (k == 1 && at.np == 2 * N) return narrow_pass<2, kMeasure>(w, rows, x, y, z, sizes, ahead);
+    if (k == 1 && at.np == 3 * N) return narrow_pass<3, kMeasure>(w, rows, x, y, z, sizes, ahead);
+    if (k == 1 && at.np == 4 * N) return narrow_pass<4, kMeasure>(w, rows, x, y, z, sizes, ahead);
   }
-  const int64_t grouped = rows / 8 * 8;
-  rows_pass<8, kMeasure>(w, rows / 8, np, x, y, z, sizes);
-  rows_pass<1, kMeasure>(w + grouped * np, rows % 8, np, x, y + grouped, z, sizes);
+  if (k == 1) return all_rows<1, kMeasure>(w, rows, at, x, y, z, sizes);
+  // A panel stays in cache for all vectors. The sizes are measured once.
+  for (int c = 0; c < k; c += 2) {
+    C *y_c = y + c * at.mp, *z_c = z + c * at.np;
+    if (c + 1 == k)
+      all_rows<1, false>(w, rows, at, x + c * at.np, y_c, z_c, sizes);
+    else if (kMeasure && c == 0)
+      all_rows<2, kMeasure>(w, rows, at, x, y_c, z_c, sizes);
+    else
+      all_rows<2, false>(w, rows, at, x + c * at.np, y_c, z_c, sizes);
+  }
 }
 
 // Copies rows of n elements to rows of np, scaled, the rest of each row zero.
@@ -230,168 +262,6 @@ GTI_INLINE void pack_any(const T* w, int64_t rows, int64_t n, C scale, C* out) {
 
 // ---- what happens between passes ---------------------------------------------------------------
 
-// The dot products of a with each of b, in fp64 and in one sweep; n is a multiple of 8 or the tail
-// of every array is zero up to one.
-template <int K, class C>
-GTI_INLINE void dots(const C* a, const C* const (&b)[K], int64_t n, double* out) {
-  constexpr int N = 8;
-  Vec<double, N> sum[K] = {};
-  for (int64_t i = 0; i < n; i += N) {
-    const auto a_v = widen<N>(load<N>(a + i));
-#pragma GCC unroll 4
-    for (int k = 0; k < K; ++k) sum[k] += a_v * widen<N>(load<N>(b[k] + i));
-  }
-  for (int k = 0; k < K; ++k) out[k] = lane_sum<double, N>(sum[k]);
-}
-template <class C>
-GTI_INLINE double dot(const C* a, const C* b, int64_t n) {
-  double out;
-  dots<1, C>(a, {b}, n, &out);
-  return out;
-}
-
-// (a, b) ← (a, r, b) · [[a0, b0], [a1, b1], [a2, b2]]
-template <class C>
-GTI_INLINE void combine(C* a, const C* r, C* b, int64_t n, const double* to_a, const double* to_b) {
-  const C a0 = to_a[0], a1 = to_a[1], a2 = to_a[2], b0 = to_b[0], b1 = to_b[1], b2 = to_b[2];
-#pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    const C x = a[i], y = r[i], z = b[i];
-    a[i] = a0 * x + a1 * y + a2 * z;
-    b[i] = b0 * x + b1 * y + b2 * z;
-  }
-}
-
-// The unit eigenvector of the largest eigenvalue of a symmetric 3 x 3 matrix, by Jacobi rotations.
-inline void top_eigenvector(double t[3][3], double* top) {
-  double q[3][3] = {{1, 0, 0}, {0, 1, 0}, {0, 0, 1}};
-  for (int sweep = 0; sweep < 12; ++sweep) {
-    const double off = std::abs(t[0][1]) + std::abs(t[0][2]) + std::abs(t[1][2]);
-    if (off <= 1e-16 * (std::abs(t[0][0]) + std::abs(t[1][1]) + std::abs(t[2][2]))) break;
-    for (int i = 0; i < 2; ++i)
-      for (int j = i + 1; j < 3; ++j) {
-        if (t[i][j] == 0.0) continue;
-        const double ratio = (t[j][j] - t[i][i]) / (2.0 * t[i][j]);
-        const double tan =
-            std::copysign(1.0, ratio) / (std::abs(ratio) + std::sqrt(1.0 + ratio * ratio));
-        const double c = 1.0 / std::sqrt(1.0 + tan * tan), s = tan * c;
-        for (int k = 0; k < 3; ++k) {
-          const double x = t[k][i], y = t[k][j];
-          t[k][i] = c * x - s * y;
-          t[k][j] = s * x + c * y;
-        }
-        for (int k = 0; k < 3; ++k) {
-          const double x = t[i][k], y = t[j][k];
-          t[i][k] = c * x - s * y;
-          t[j][k] = s * x + c * y;
-        }
-        for (int k = 0; k < 3; ++k) {
-          const double x = q[k][i], y = q[k][j];
-          q[k][i] = c * x - s * y;
-          q[k][j] = s * x + c * y;
-        }
-      }
-  }
-  int best = 0;
-  for (int i = 1; i < 3; ++i)
-    if (t[i][i] > t[best][best]) best = i;
-  // The sign is free: the coordinate on v stays positive, so that v keeps its sign.
-  for (int i = 0; i < 3; ++i) top[i] = std::copysign(1.0, q[0][best]) * q[i][best];
-}
-
-struct Settings {
-  PowerMethod method;
-  int64_t max_steps;
-  double tol;
-  uint64_t seed;
-};
-
-// The iteration on one matrix A = WᵀW. v is the estimate; r and s span the search space beside it;
-// y· = W·, z· = A·. r alone needs a pass, the images of v and s follow by linearity.
-template <class C>
-struct Iteration {
-  int64_t mp, np;                        // m and n, padded: what lies beyond them is zero
-  C *v, *r, *s, *zv, *zr, *zs, *column;  // [np]
-  C *yv, *yr, *ys;                       // [mp]
-  double theta = 0.0, residual = 0.0;
-  int64_t steps = 0;
-
-  Iteration(int64_t m, int64_t n, Buffer<C>& memory) : mp(padded<C>(m)), np(padded<C>(n)) {
-    memory.resize(7 * np + 3 * mp);
-    C* at = memory.data();
-    for (C** x : {&v, &r, &s, &zv, &zr, &zs, &column}) *x = std::exchange(at, at + np);
-    for (C** y : {&yv, &yr, &ys}) *y = std::exchange(at, at + mp);
-  }
-
-  // The direction of the next pass and where its images go.
-  bool on_v(const Settings& set) const { return steps == 0 || set.method == PowerMethod::power; }
-  C* x(const Settings& set) const { return on_v(set) ? v : r; }
-  C* y(const Settings& set) const { return on_v(set) ? yv : yr; }
-  C* z(const Settings& set) const { return on_v(set) ? zv : zr; }
-};
-
-// After z and y of the last direction are there: improves v, its residual and the next direction.
-// Returns true when the iteration is over.
-template <class C>
-GTI_INLINE bool update_any(Iteration<C>& it, const Settings& set) {
-  const int64_t mp = it.mp, np = it.np;
-  ++it.steps;
-  if (set.method == PowerMethod::cg && it.steps > 1) {
-    double t[3][3], top[3];
-    dots<3, C>(it.yv, {it.yv, it.yr, it.ys}, mp, t[0]);
-    dots<2, C>(it.yr, {it.yr, it.ys}, mp, &t[1][1]);
-    dots<1, C>(it.ys, {it.ys}, mp, &t[2][2]);
-    for (int i = 0; i < 3; ++i)
-      for (int j = 0; j < i; ++j) t[i][j] = t[j][i];
-    top_eigenvector(t, top);
-    // The move (0, top₁, top₂) made orthonormal to the new v, in coordinates: nothing cancels.
-    const double move = std::sqrt(top[1] * top[1] + top[2] * top[2]);
-    double to_s[3] = {0.0, 0.0, 1.0};
-    if (move > 0.0) {
-      to_s[0] = -move;
-      to_s[1] = top[0] * top[1] / move;
-      to_s[2] = top[0] * top[2] / move;
-    }
-    combine(it.v, it.r, it.s, np, top, to_s);
-    combine(it.zv, it.zr, it.zs, np, top, to_s);
-    combine(it.yv, it.yr, it.ys, mp, top, to_s);
-  }
-  const bool last = it.steps == set.max_steps, power = set.method == PowerMethod::power;
-  double on[3] = {};                      // r with r, v, s
-  if (!power || last || set.tol > 0.0) {  // else nobody asks for the residual
-    it.theta = dot(it.yv, it.yv, mp);
-    const C theta = static_cast<C>(it.theta);
-#pragma omp simd
-    for (int64_t j = 0; j < np; ++j) it.r[j] = it.zv[j] - theta * it.v[j];
-    power ? dots<1, C>(it.r, {it.r}, np, on) : dots<3, C>(it.r, {it.r, it.v, it.s}, np, on);
-    it.residual = it.theta > 0.0 ? std::sqrt(on[0]) / it.theta : 0.0;
-    if (last || (it.residual <= set.tol && set.tol > 0.0)) return true;
-  }
-  if (power) {
-    const double norm = std::sqrt(dot(it.zv, it.zv, np));
-    const C scale = static_cast<C>(1.0 / norm);
-#pragma omp simd
-    for (int64_t j = 0; j < np; ++j) it.v[j] = norm > 0.0 ? scale * it.zv[j] : it.v[j];
-    return false;
-  }
-  // The residual of a Ritz vector is orthogonal to the space it came from, up to rounding: what is
-  // left on v and s is taken off twice, and r made a unit vector, or zero if nothing is left of it.
-  double scale = on[0] > 0.0 ? 1.0 / std::sqrt(on[0]) : 0.0;
-  for (int twice = 0; twice < 2 && scale > 0.0; ++twice) {
-    const C a = static_cast<C>(scale), on_v = static_cast<C>(on[1] * scale),
-            on_s = static_cast<C>(on[2] * scale);
-#pragma omp simd
-    for (int64_t j = 0; j < np; ++j) it.r[j] = a * it.r[j] - (on_v * it.v[j] + on_s * it.s[j]);
-    dots<3, C>(it.r, {it.r, it.v, it.s}, np, on);
-    const double left = std::sqrt(on[0]);
-    scale = left > 100.0 * std::numeric_limits<C>::epsilon() ? 1.0 / left : 0.0;
-  }
-  const C a = static_cast<C>(scale);
-#pragma omp simd
-  for (int64_t j = 0; j < np; ++j) it.r[j] *= a;
-  return false;
-}
-
 // Element e of the random start vector of a matrix: uniform on (−1, 1), exact in fp32; the
 // splitmix64 finaliser of seed, matrix number and e.
 GTI_INLINE float start_element(uint64_t seed, uint64_t matrix, uint64_t e) {
@@ -403,41 +273,283 @@ GTI_INLINE float start_element(uint64_t seed, uint64_t matrix, uint64_t e) {
   return (static_cast<float>(x >> 40) * 2.0f + 1.0f) * 0x1p-24f - 1.0f;
 }
 
+// out[i] = a · b_i in fp64, i < count, of rows b_i `stride` apart; n is a multiple of 8.
+template <int K, class C>
+GTI_INLINE void dots_of(const C* a, const C* b, int64_t stride, int64_t n, double* out) {
+  constexpr int N = 8;
+  Vec<double, N> sum[K] = {};
+  for (int64_t i = 0; i < n; i += N) {
+    const auto a_v = widen<N>(load<N>(a + i));
+#pragma GCC unroll 4
+    for (int k = 0; k < K; ++k) sum[k] += a_v * widen<N>(load<N>(b + k * stride + i));
+  }
+  for (int k = 0; k < K; ++k) out[k] = lane_sum<double, N>(sum[k]);
+}
+template <class C>
+GTI_INLINE void dots(const C* a, const C* b, int64_t stride, int count, int64_t n, double* out) {
+  for (; count >= 3; count -= 3, b += 3 * stride, out += 3) dots_of<3>(a, b, stride, n, out);
+  if (count == 2) dots_of<2>(a, b, stride, n, out);
+  if (count == 1) dots_of<1>(a, b, stride, n, out);
+}
+
+// x ← scale·x − Σ c_i b_i
+template <class C>
+GTI_INLINE void subtract(C* x, double scale, const C* b, int64_t stride, int count, int64_t n,
+                         const double* c) {
+  constexpr int N = kLanes<C>;
+  for (int64_t j = 0; j < n; j += N) {
+    auto x_v = static_cast<C>(scale) * load<N>(x + j);
+    for (int i = 0; i < count; ++i) x_v -= static_cast<C>(c[i]) * load<N>(b + i * stride + j);
+    store(x + j, x_v);
+  }
+}
+
+// Makes x a unit vector orthogonal to the `count` orthonormal rows b, or zero where nothing is left
+// of it (then false). Twice is enough (Giraud, Langou, Rozložník 2005).
+template <class C>
+GTI_INLINE bool orthonormalize(C* x, const C* b, int64_t stride, int count, int64_t n) {
+  double c[3 * kMaxTriples], norm2;
+  dots(x, x, n, 1, n, &norm2);
+  double scale = norm2 > 0.0 && std::isfinite(norm2) ? 1.0 / std::sqrt(norm2) : 0.0;
+  for (int twice = 0; twice < 2 && count > 0 && scale > 0.0; ++twice) {
+    dots(x, b, stride, count, n, c);
+    for (int i = 0; i < count; ++i) c[i] *= scale;
+    subtract(x, scale, b, stride, count, n, c);
+    dots(x, x, n, 1, n, &norm2);
+    const double left = std::sqrt(norm2);
+    scale = left > 100.0 * std::numeric_limits<C>::epsilon() ? 1.0 / left : 0.0;
+  }
+  subtract(x, scale, b, stride, 0, n, c);
+  return scale > 0.0;
+}
+
+// The same, but what would be zero becomes a random direction.
+template <class C>
+GTI_INLINE void complete(C* x, const C* b, int64_t stride, int count, int64_t n, int64_t np) {
+  for (uint64_t attempt = 0; !orthonormalize(x, b, stride, count, np); ++attempt)
+    for (int64_t j = 0; j < n; ++j) x[j] = start_element(attempt, ~uint64_t{0}, j);
+}
+
+// Row c < outputs ← Σ_i to[c][i] x_i, of `inputs` rows x_i of length n, one after the other.
+template <class C>
+GTI_INLINE void combine(C* x, int64_t n, int inputs, int outputs,
+                        const double (*to)[3 * kMaxTriples]) {
+  constexpr int N = kLanes<C>;
+  Vec<C, N> in[3 * kMaxTriples];
+  for (int64_t j = 0; j < n; j += N) {
+    for (int i = 0; i < inputs; ++i) in[i] = load<N>(x + i * n + j);
+    for (int c = 0; c < outputs; ++c) {
+      Vec<C, N> sum = {};
+      for (int i = 0; i < inputs; ++i) sum += static_cast<C>(to[c][i]) * in[i];
+      store(x + c * n + j, sum);
+    }
+  }
+}
+
+// The `count` eigenvectors with the largest eigenvalues of the symmetric t [p, p], by Jacobi
+// rotations; t is overwritten. to[c] is the eigenvector c, with to[c][c] ≥ 0.
+GTI_INLINE void top_eigenvectors(double (*t)[3 * kMaxTriples], int p, const bool* nonzero,
+                                 int count, double (*to)[3 * kMaxTriples]) {
+  double q[3 * kMaxTriples][3 * kMaxTriples];  // rows: eigenvectors
+  for (int i = 0; i < p; ++i)
+    for (int j = 0; j < p; ++j) q[i][j] = i == j;
+  for (int sweep = 0; sweep < 30; ++sweep) {
+    double off = 0.0, diagonal = 0.0;
+    for (int i = 0; i < p; ++i) {
+      diagonal += std::abs(t[i][i]);
+      for (int j = i + 1; j < p; ++j) off += std::abs(t[i][j]);
+    }
+    if (off <= 1e-16 * diagonal) break;
+    for (int i = 0; i < p; ++i)
+      for (int j = i + 1; j < p; ++j) {
+        if (t[i][j] == 0.0) continue;
+        const double ratio = (t[j][j] - t[i][i]) / (2.0 * t[i][j]);
+        const double tan =
+            std::copysign(1.0, ratio) / (std::abs(ratio) + std::sqrt(1.0 + ratio * ratio));
+        const double c = 1.0 / std::sqrt(1.0 + tan * tan), s = tan * c;
+        for (int k = 0; k < p; ++k) {
+          const double x = t[k][i], y = t[k][j];
+          t[k][i] = c * x - s * y;
+          t[k][j] = s * x + c * y;
+        }
+        for (int k = 0; k < p; ++k) {
+          const double x = t[i][k], y = t[j][k], a = q[i][k], b = q[j][k];
+          t[i][k] = c * x - s * y;
+          t[j][k] = s * x + c * y;
+          q[i][k] = c * a - s * b;
+          q[j][k] = s * a + c * b;
+        }
+      }
+  }
+  int order[3 * kMaxTriples];
+  for (int i = 0; i < p; ++i) order[i] = i;
+  // A zero row is no direction: it comes last.
+  std::stable_sort(order, order + p, [=](int a, int b) {
+    return nonzero[a] != nonzero[b] ? nonzero[a] : t[a][a] > t[b][b];
+  });
+  for (int c = 0; c < count; ++c) {
+    const double* from = q[order[c]];
+    for (int i = 0; i < p; ++i) to[c][i] = std::copysign(1.0, from[c]) * from[i];
+  }
+}
+
+struct Settings {
+  int k;
+  PowerMethod method;
+  int64_t max_steps;
+  double tol;
+  uint64_t seed;
+};
+
+// The iteration on one matrix A = WᵀW. The estimates v span the search space together with s, the
+// last move, and r, the residuals: 3k rows, one after the other in this order, orthonormal or zero.
+// y· = W·, z· = A·. r alone needs a pass, the images of v and s follow by linearity.
+template <class C>
+struct Iteration {
+  int k;
+  int64_t n, mp, np;                   // mp, np: m and n, padded: what lies beyond them is zero
+  C *v, *s, *r, *zv, *zs, *zr;         // [k, np]
+  C *yv, *ys, *yr;                     // [k, mp]
+  C* column;                           // [np]
+  bool nonzero[3 * kMaxTriples] = {};  // of v, s, r
+  double theta[kMaxTriples] = {}, residual[kMaxTriples] = {};
+  int64_t steps = 0;
+
+  Iteration(int64_t m, int64_t n, int k, Buffer<C>& memory)
+      : k(k), n(n), mp(padded<C>(m)), np(padded<C>(n)) {
+    memory.resize((6 * k + 1) * np + 3 * k * mp);
+    C* at = memory.data();
+    for (C** x : {&v, &s, &r, &zv, &zs, &zr}) *x = std::exchange(at, at + k * np);
+    for (C** y : {&yv, &ys, &yr}) *y = std::exchange(at, at + k * mp);
+    column = at;
+    std::fill(nonzero, nonzero + k, true);
+  }
+
+  // The directions of the next pass and where their images go.
+  bool on_v(const Settings& set) const { return steps == 0 || set.method == PowerMethod::power; }
+  C* x(const Settings& set) const { return on_v(set) ? v : r; }
+  C* y(const Settings& set) const { return on_v(set) ? yv : yr; }
+  C* z(const Settings& set) const { return on_v(set) ? zv : zr; }
+};
+
+// The best v in the span of the first p rows of the search space, and s, the move that led there.
+template <class C>
+GTI_INLINE void rayleigh_ritz(Iteration<C>& it, int k, int p) {
+  double t[3 * kMaxTriples][3 * kMaxTriples], to[2 * kMaxTriples][3 * kMaxTriples];
+  for (int i = 0; i < p; ++i) {
+    dots(it.yv + i * it.mp, it.yv + i * it.mp, it.mp, p - i, it.mp, &t[i][i]);
+    for (int j = i + 1; j < p; ++j) t[j][i] = t[i][j];
+  }
+  top_eigenvectors(t, p, it.nonzero, k, to);
+  int outputs = k;
+  if (p > k) {
+    // The move: the new v without its part in the old, made orthonormal to the new in coordinates.
+    for (int c = k; c < 2 * k; ++c) {
+      for (int i = 0; i < p; ++i) to[c][i] = i < k ? 0.0 : to[c - k][i];
+      double norm2 = 0.0;
+      for (int i = 0; i < p; ++i) norm2 += to[c][i] * to[c][i];
+      double scale = norm2 > 0.0 ? 1.0 / std::sqrt(norm2) : 0.0;
+      for (int twice = 0; twice < 2 && scale > 0.0; ++twice) {
+        for (int i = 0; i < p; ++i) to[c][i] *= scale;
+        for (int b = 0; b < c; ++b) {
+          double on = 0.0;
+          for (int i = 0; i < p; ++i) on += to[c][i] * to[b][i];
+          for (int i = 0; i < p; ++i) to[c][i] -= on * to[b][i];
+        }
+        norm2 = 0.0;
+        for (int i = 0; i < p; ++i) norm2 += to[c][i] * to[c][i];
+        scale = norm2 > 1e-24 ? 1.0 / std::sqrt(norm2) : 0.0;
+      }
+      for (int i = 0; i < p; ++i) to[c][i] *= scale;
+      it.nonzero[c] = scale > 0.0;
+    }
+    outputs = 2 * k;
+  }
+  combine(it.v, it.np, p, outputs, to);
+  combine(it.zv, it.np, p, outputs, to);
+  combine(it.yv, it.mp, p, outputs, to);
+}
+
+// After z and y of the last directions are there: improves v, its residual and the next directions.
+// Returns true when the iteration is over.
+// K: k where the compiler is to know it, else 0.
+template <int K, class C>
+GTI_INLINE bool update_any(Iteration<C>& it, const Settings& set) {
+  const int k = K ? K : it.k;
+  const int64_t mp = it.mp, np = it.np;
+  ++it.steps;
+  const bool first = it.steps == 1, power = set.method == PowerMethod::power;
+  if (k > 1 || !(first || power)) rayleigh_ritz(it, k, first || power ? k : 3 * k);
+  const bool last = it.steps == set.max_steps;
+  if (!power || last || set.tol > 0.0) {  // else nobody asks for the residual
+    bool converged = true;
+    for (int c = 0; c < k; ++c) {
+      C* r = it.r + c * np;
+      double square;
+      dots(it.yv + c * mp, it.yv + c * mp, mp, 1, mp, &it.theta[c]);
+      const C theta = static_cast<C>(it.theta[c]);
+      const C *v = it.v + c * np, *zv = it.zv + c * np;
+#pragma omp simd
+      for (int64_t j = 0; j < np; ++j) r[j] = zv[j] - theta * v[j];
+      dots(r, r, np, 1, np, &square);
+      it.residual[c] = it.theta[0] > 0.0 ? std::sqrt(square) / it.theta[0] : 0.0;
+      converged &= it.residual[c] <= set.tol;
+    }
+    if (last || (converged && set.tol > 0.0)) return true;
+  }
+  for (int c = 0; c < k; ++c) {
+    if (power) {
+      std::copy(it.zv + c * np, it.zv + (c + 1) * np, it.v + c * np);
+      complete(it.v + c * np, it.v, np, c, it.n, np);
+    } else {
+      // The residuals of a Ritz basis are orthogonal to the space they come from, up to rounding.
+      it.nonzero[2 * k + c] = orthonormalize(it.r + c * np, it.v, np, 2 * k + c, np);
+    }
+  }
+  return false;
+}
+
 // ---- the clones --------------------------------------------------------------------------------
 
 // sizes: nullptr, or where to add the sizes of the panel.
-#define GTI_PANEL_PASS(T)                                                                  \
-  GTI_CLONES void panel_pass(const T* w, int64_t rows, int64_t np, const compute_t<T>* x,  \
-                             compute_t<T>* y, compute_t<T>* z, Sizes<compute_t<T>>* sizes, \
-                             const compute_t<T>* ahead) {                                  \
-    sizes ? panel_pass_any<true>(w, rows, np, x, y, z, sizes, ahead)                       \
-          : panel_pass_any<false>(w, rows, np, x, y, z, sizes, ahead);                     \
+#define GTI_PANEL_PASS(T)                                                                        \
+  GTI_CLONES void panel_pass(const T* w, int64_t rows, int k, Strides at, const compute_t<T>* x, \
+                             compute_t<T>* y, compute_t<T>* z, Sizes<compute_t<T>>* sizes,       \
+                             const compute_t<T>* ahead) {                                        \
+    sizes ? panel_pass_any<true>(w, rows, k, at, x, y, z, sizes, ahead)                          \
+          : panel_pass_any<false>(w, rows, k, at, x, y, z, sizes, ahead);                        \
   }
 GTI_PANEL_PASS(double)
 GTI_PANEL_PASS(float)
 GTI_PANEL_PASS(bf16)
 #undef GTI_PANEL_PASS
-#define GTI_POWER_ITERATION(C)                                                        \
-  GTI_CLONES void scaled_copy(const C* x, int64_t n, C scale, C* out) {               \
-    for (int64_t i = 0; i < n; ++i) out[i] = scale * x[i];                            \
-  }                                                                                   \
-  GTI_CLONES void random_vector(uint64_t seed, uint64_t matrix, int64_t n, C* out) {  \
-    for (int64_t j = 0; j < n; ++j)                                                   \
-      out[j] = start_element(seed, matrix, static_cast<uint64_t>(j));                 \
-  }                                                                                   \
-  GTI_CLONES double norm(const C* x, int64_t np) { return std::sqrt(dot(x, x, np)); } \
-  GTI_CLONES C largest(const C* x, int64_t np) {                                      \
-    constexpr int N = kLanes<C>;                                                      \
-    auto most = load<N>(x);                                                           \
-    for (int64_t i = N; i < np; i += N) {                                             \
-      const auto x_v = load<N>(x + i);                                                \
-      most = x_v > most ? x_v : most;                                                 \
-    }                                                                                 \
-    C out = most[0];                                                                  \
-    for (int i = 1; i < N; ++i) out = std::max(out, most[i]);                         \
-    return out;                                                                       \
-  }                                                                                   \
-  GTI_CLONES bool update(Iteration<C>& it, const Settings& set) { return update_any(it, set); }
+#define GTI_POWER_ITERATION(C)                                                                     \
+  GTI_CLONES void start_vector(uint64_t seed, uint64_t matrix, Iteration<C>& it, int c) {          \
+    for (int64_t j = 0; j < it.n; ++j)                                                             \
+      it.v[c * it.np + j] = start_element(seed, matrix, static_cast<uint64_t>(j * it.k + c));      \
+  }                                                                                                \
+  GTI_CLONES void make_basis(C* x, const C* b, int64_t stride, int count, int64_t n, int64_t np) { \
+    complete(x, b, stride, count, n, np);                                                          \
+  }                                                                                                \
+  GTI_CLONES double norm(const C* x, int64_t np) {                                                 \
+    double square;                                                                                 \
+    dots(x, x, np, 1, np, &square);                                                                \
+    return std::sqrt(square);                                                                      \
+  }                                                                                                \
+  GTI_CLONES C largest(const C* x, int64_t np) {                                                   \
+    constexpr int N = kLanes<C>;                                                                   \
+    auto most = load<N>(x);                                                                        \
+    for (int64_t i = N; i < np; i += N) {                                                          \
+      const auto x_v = load<N>(x + i);                                                             \
+      most = x_v > most ? x_v : most;                                                              \
+    }                                                                                              \
+    C out = most[0];                                                                               \
+    for (int i = 1; i < N; ++i) out = std::max(out, most[i]);                                      \
+    return out;                                                                                    \
+  }                                                                                                \
+  GTI_CLONES bool update(Iteration<C>& it, const Settings& set) {                                  \
+    return it.k == 1 ? update_any<1>(it, set) : update_any<0>(it, set);                            \
+  }
 GTI_POWER_ITERATION(double)
 GTI_POWER_ITERATION(float)
 #undef GTI_POWER_ITERATION
@@ -484,21 +596,20 @@ struct Matrix {
   }
 
   void start(Iteration<C>& it, const Settings& set) const {
-    const int64_t n = item.n;
-    double length = 0.0;
-    if (item.start) {
-      const C* given = static_cast<const C*>(item.start) + index * n;
-      std::copy(given, given + n, it.v);
-      length = norm(it.v, it.np);
+    const int64_t n = item.n, np = it.np, k = it.k;
+    const C* given = static_cast<const C*>(item.start);
+    for (int c = 0; c < k; ++c) {
+      C* v = it.v + c * np;
+      for (int64_t j = 0; given && j < n; ++j) v[j] = given[(index * n + j) * k + c];
+      const double length = given ? norm(v, np) : 0.0;
+      if (!(length > 0.0 && std::isfinite(length)))
+        start_vector(set.seed, static_cast<uint64_t>(number), it, c);
+      make_basis(v, it.v, np, c, n, np);
     }
-    if (!(length > 0.0 && std::isfinite(length))) {
-      random_vector(set.seed, static_cast<uint64_t>(number), n, it.v);
-      length = norm(it.v, it.np);
-    }
-    scaled_copy(it.v, n, static_cast<C>(1.0 / length), it.v);
     if (!in_pairs<T>(n)) return;
-    std::copy(it.v, it.v + n, it.r);
-    for (int64_t j = 0; j < n; ++j) it.v[place_in_pairs(j)] = it.r[j];
+    std::copy(it.v, it.v + k * np, it.r);
+    for (int c = 0; c < k; ++c)
+      for (int64_t j = 0; j < n; ++j) it.v[c * np + place_in_pairs(j)] = it.r[c * np + j];
   }
 
   // Looks at every entry: true where all are finite; the largest magnitude.
@@ -530,37 +641,49 @@ struct Matrix {
     return true;
   }
 
-  void finish(const Iteration<C>& it, const Sizes<C>& sizes, const Settings& set) const {
-    const int64_t m = item.m, n = item.n;
-    C* u = static_cast<C*>(item.u) + index * m;
-    C* v = static_cast<C*>(item.v) + index * n;
+  void finish(Iteration<C>& it, const Sizes<C>& sizes, const Settings& set) const {
+    const int64_t m = item.m, n = item.n, mp = it.mp, np = it.np, k = it.k;
+    C* u = static_cast<C*>(item.u) + index * m * k;
+    C* v = static_cast<C*>(item.v) + index * n * k;
+    double* sigma = item.sigma + index * k;
+    double* residual = item.residual + index * k;
     if (!sizes.finite) {
       const double nan = std::numeric_limits<double>::quiet_NaN();
-      item.sigma[index] = item.residual[index] = item.upper[index] = nan;
-      std::fill(u, u + m, static_cast<C>(nan));
-      std::fill(v, v + n, static_cast<C>(nan));
+      std::fill(sigma, sigma + k, nan);
+      std::fill(residual, residual + k, nan);
+      item.upper[index] = nan;
+      std::fill(u, u + m * k, static_cast<C>(nan));
+      std::fill(v, v + n * k, static_cast<C>(nan));
       item.steps[index] = 0;
       item.converged[index] = false;
       return;
     }
     const double inverse = 1.0 / static_cast<double>(scale);
-    const double wv = norm(it.yv, it.mp), length = norm(it.v, it.np);
-    item.sigma[index] = wv / length * inverse;
-    scaled_copy(it.v, n, static_cast<C>(1.0 / length), v);
-    for (int64_t j = 0; in_pairs<T>(n) && j < n; ++j)
-      v[j] = it.v[place_in_pairs(j)] * static_cast<C>(1.0 / length);
-    if (wv > 0.0)
-      scaled_copy(it.yv, m, static_cast<C>(1.0 / wv), u);
-    else
-      for (int64_t i = 0; i < m; ++i) u[i] = i == 0;
-    item.residual[index] = it.residual;
+    // Below this share of the largest σ, W v is rounding: u is then any direction left.
+    const double least = std::min<double>(std::numeric_limits<C>::epsilon() * std::max(m, n), 0.01);
+    bool converged = true;
+    double largest_y = 0.0;
+    for (int c = 0; c < k; ++c) {
+      C *v_c = it.v + c * np, *y_c = it.yv + c * mp;
+      const double wv = norm(y_c, mp), length = norm(v_c, np);
+      sigma[c] = wv / length * inverse;
+      residual[c] = it.residual[c];
+      converged &= residual[c] <= set.tol;
+      largest_y = std::max(largest_y, wv);
+      if (!(wv > least * largest_y)) std::fill(y_c, y_c + mp, C(0));
+      make_basis(y_c, it.yv, mp, c, m, mp);
+      const C unit = static_cast<C>(1.0 / length);
+      for (int64_t j = 0; j < n; ++j)
+        v[j * k + c] = unit * v_c[in_pairs<T>(n) ? place_in_pairs(j) : j];
+      for (int64_t i = 0; i < m; ++i) u[i * k + c] = y_c[i];
+    }
     item.steps[index] = it.steps;
-    item.converged[index] = it.residual <= set.tol;
-    const double one = largest(sizes.column, it.np);
-    const double least =
+    item.converged[index] = converged;
+    const double one = largest(sizes.column, np);
+    const double bound =
         std::min(std::sqrt(one) * std::sqrt(sizes.row), std::sqrt(sizes.frobenius2));
-    const double rounding = (m + it.np + 8) * std::numeric_limits<C>::epsilon();
-    item.upper[index] = least * (1.0 + rounding) * inverse;
+    const double rounding = (m + np + 8) * std::numeric_limits<C>::epsilon();
+    item.upper[index] = bound * (1.0 + rounding) * inverse;
   }
 };
 
@@ -576,14 +699,15 @@ void run_small(Matrix<T> matrix, const Settings& set, const void* next,
                Workspace<compute_t<T>>& work) {
   using C = compute_t<T>;
   const int64_t m = matrix.item.m, np = padded<C>(matrix.item.n);
-  Iteration<C> it(m, matrix.item.n, work.vectors);
+  Iteration<C> it(m, matrix.item.n, set.k, work.vectors);
+  const Strides at{np, it.mp};
   Sizes<C> sizes{it.column};
   matrix.start(it, set);
   const C* w = matrix.panel(0, m, work.packed);
   const auto pass = [&](Sizes<C>* measured) {
-    std::fill(it.z(set), it.z(set) + np, C(0));
+    std::fill(it.z(set), it.z(set) + set.k * np, C(0));
     const C* ahead = static_cast<const C*>(next) + it.steps % 8 * kLanes<C>;
-    panel_pass(w, m, np, it.x(set), it.y(set), it.z(set), measured, ahead);
+    panel_pass(w, m, set.k, at, it.x(set), it.y(set), it.z(set), measured, ahead);
   };
   pass(&sizes);
   if (matrix.rescale(sizes)) {
@@ -605,8 +729,10 @@ void run_large(Matrix<T> matrix, const Settings& set, int threads) {
       m * row_bytes / kBlockBytes, 1, std::min<int64_t>(kMaxBlocks, (m + 63) / 64)))));
   const auto first_row = [=](int64_t b) { return std::min(m, (m + 7) / 8 * b / blocks * 8); };
 
-  Buffer<C> memory, partial_z(blocks * np), partial_column(blocks * np);
-  Iteration<C> it(m, n, memory);
+  const int64_t z_size = set.k * np;
+  Buffer<C> memory, partial_z(blocks * z_size), partial_column(blocks * np);
+  Iteration<C> it(m, n, set.k, memory);
+  const Strides at{np, it.mp};
   Sizes<C> sizes{it.column};
   std::vector<Sizes<C>> partial_sizes(blocks);
   bool measured = false, done = false;
@@ -629,29 +755,31 @@ void run_large(Matrix<T> matrix, const Settings& set, int threads) {
       for (int64_t c = 0; c < high - low; ++c) {
         const int64_t b = backwards ? high - 1 - c : low + c;
         const int64_t begin = first_row(b), end = first_row(b + 1);
-        C* z_b = partial_z.data() + b * np;
-        std::fill(z_b, z_b + np, C(0));
+        C* z_b = partial_z.data() + b * z_size;
+        std::fill(z_b, z_b + z_size, C(0));
         if (!measured) {
           partial_sizes[b] = Sizes<C>{partial_column.data() + b * np};
           std::fill(partial_sizes[b].column, partial_sizes[b].column + np, C(0));
         }
         Sizes<C>* sizes_b = measured ? nullptr : &partial_sizes[b];
-        if constexpr (!std::is_same_v<T, f16>)
-          if (matrix.direct()) {
-            panel_pass(matrix.w() + begin * n, end - begin, np, x, y + begin, z_b, sizes_b, x);
-            continue;
-          }
-        for (int64_t r = begin; r < end; r += panel_rows) {
-          const int64_t rows = std::min(panel_rows, end - r);
-          panel_pass(matrix.panel(r, r + rows, buffer), rows, np, x, y + r, z_b, sizes_b, x);
+        // Two vectors at a time: more of them want the rows again while they are in cache.
+        const int64_t most = matrix.direct() && set.k <= 2 ? end - begin : panel_rows;
+        for (int64_t r = begin; r < end; r += most) {
+          const int64_t rows = std::min(most, end - r);
+          if constexpr (!std::is_same_v<T, f16>)
+            if (matrix.direct()) {
+              panel_pass(matrix.w() + r * n, rows, set.k, at, x, y + r, z_b, sizes_b, x);
+              continue;
+            }
+          panel_pass(matrix.panel(r, r + rows, buffer), rows, set.k, at, x, y + r, z_b, sizes_b, x);
         }
       }
 #pragma omp barrier
-      const int64_t from = np * thread / team, to = np * (thread + 1) / team;
+      const int64_t from = z_size * thread / team, to = z_size * (thread + 1) / team;
       const C* part = partial_z.data();
       for (int64_t j = from; j < to; ++j) z[j] = part[j];
       for (int64_t b = 1; b < blocks; ++b)
-        for (int64_t j = from; j < to; ++j) z[j] += part[b * np + j];
+        for (int64_t j = from; j < to; ++j) z[j] += part[b * z_size + j];
 #pragma omp barrier
 #pragma omp single
       {
@@ -674,9 +802,9 @@ void run_large(Matrix<T> matrix, const Settings& set, int threads) {
 
 }  // namespace
 
-void power_iteration(const PowerIterationItem* items, int64_t n_items, PowerMethod method,
+void power_iteration(const PowerIterationItem* items, int64_t n_items, int k, PowerMethod method,
                      int64_t max_steps, double tol, uint64_t seed, int threads) {
-  const Settings set{method, max_steps, tol, seed};
+  const Settings set{k, method, max_steps, tol, seed};
   struct Task {
     int64_t item, index, number, bytes;
   };

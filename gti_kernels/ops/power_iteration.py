@@ -15,6 +15,7 @@ from ..reference import power_iteration as reference
 from .arguments import check_float_tensors, subclasses, tensor_list
 from .library import is_plain_eager, refuse_derivative, register
 
+_MOST_TRIPLES = 16  # of the compiled kernel, kMaxTriples
 Outputs = tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor, Tensor, Tensor]
 
 
@@ -59,7 +60,7 @@ def power_iteration(
             passes.
         start: an earlier result for weights of the same shapes; its v is where the iteration
             begins. Otherwise v is random from `seed` and the number of the matrix.
-        backend: "auto", "reference", "cpu" or "triton" (the last two for k = 1); see
+        backend: "auto", "reference", "cpu" (k ≤ 16) or "triton" (k = 1); see
             `gti_kernels.explain`.
 
     Returns:
@@ -78,9 +79,9 @@ def power_iteration(
     >>> round(float(r.sigma), 4), bool(r.converged)
     (3.0, True)
     """
-    one = type(k) is int and k == 1 and (start is None or isinstance(start, SingularTriples))
-    if one and backend in ("auto", "cpu") and is_plain_eager():
-        out = _on_cpu(weights, start and start.v, method, max_steps, tol, seed)
+    usual = type(k) is int and (start is None or isinstance(start, SingularTriples))
+    if usual and backend in ("auto", "cpu") and is_plain_eager():
+        out = _on_cpu(weights, start and start.v, k, method, max_steps, tol, seed)
         if out is not None:
             return SingularTriples(*out)
     _check_settings(method, max_steps, tol, seed)
@@ -215,8 +216,14 @@ def limits_of_power_iteration(
                 f"power_iteration: k must be an integer between 1 and min(m, n) = {min(m, n)} of "
                 f"weights[{i}], got {k!r}"
             )
-    reason = "it finds one triple a matrix, k = 1" if k > 1 else subclasses(weights=ws)
-    return ws[0].device, {} if reason is None else {"cpu": reason, "triton": reason}
+    limits = {}
+    if (reason := subclasses(weights=ws)) is not None:
+        limits = {"cpu": reason, "triton": reason}
+    if k > 1:
+        limits.setdefault("triton", "it finds one triple a matrix, k = 1")
+    if k > _MOST_TRIPLES:
+        limits.setdefault("cpu", f"it finds up to {_MOST_TRIPLES} triples a matrix")
+    return ws[0].device, limits
 
 
 def _power_iteration(
@@ -238,7 +245,7 @@ def _power_iteration(
     if chosen == "cpu":
         ws = flat[0] if batched else [w[0] for w in flat]
         vs = None if not start else start[0] if batched else start
-        out = _on_cpu(ws, vs, method, max_steps, tol, seed)
+        out = _on_cpu(ws, vs, k, method, max_steps, tol, seed)
         assert out is not None, "the compiled kernel takes whatever passes the checks"
         sigma, u, v, *rest = out
         return (sigma, [u], [v], *rest) if batched else out
@@ -258,14 +265,14 @@ def _power_iteration(
 
 
 def _on_cpu(
-    weights: Any, start: Any, method: Any, max_steps: Any, tol: Any, seed: Any
+    weights: Any, start: Any, k: int, method: Any, max_steps: Any, tol: Any, seed: Any
 ) -> tuple[Any, ...] | None:
     """The fields of the result, or None where the compiled part is missing or something is odd."""
     if backends.compiled is None:
         return None
     try:
         return backends.compiled.power_iteration(
-            weights, start, method, max_steps, tol, seed & (2**64 - 1), torch.get_num_threads()
+            weights, start, k, method, max_steps, tol, seed & (2**64 - 1), torch.get_num_threads()
         )
     except TypeError:  # a setting of another type: the checks have the words
         return None
