@@ -74,6 +74,56 @@ def check_triples(w: torch.Tensor, r: gti.SingularTriples, tol: float = 1e-4) ->
     assert float((true.square() - theta).abs().min()) <= (residual + 64 * eps) * theta
 
 
+def random_matrices(count: int, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
+    """[count, m, n] of one random shape: spectra, ranks, ties and scales differ by matrix."""
+
+    def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
+        return low + (high - low) * torch.rand(shape, generator=generator, dtype=torch.float64)
+
+    m, n = (int(x) for x in torch.randint(1, 65, (2,), generator=generator))
+    r = min(m, n)
+    u, v = (
+        torch.linalg.qr(torch.randn(count, x, r, generator=generator, dtype=torch.float64))[0]
+        for x in (m, n)
+    )
+    s = torch.stack(
+        [
+            uniform(0, 1, count // 5, r),
+            10 ** uniform(-8, 0, count // 5, r),  # log-uniform
+            (torch.arange(r) < uniform(1, r + 1, count // 5, 1)).double(),  # ties, low rank
+            0.5 ** torch.arange(r).expand(count // 5, r),
+            1 - 10 ** uniform(-6, 0, count // 5, r),  # a cluster at the top
+        ]
+    ).reshape(count, r)
+    most = 2 if dtype == torch.float16 else 30
+    return (10 ** uniform(-most, most, count, 1, 1) * (u * s[:, None]) @ v.mT).to(dtype)
+
+
+@every_dtype
+def test_twenty_thousand_matrices_lie_within_their_bounds(dtype):
+    """5,000 of each dtype against fp64: σ ≤ σ₁ ≤ upper, and some σᵢ² within the residual of σ²."""
+    generator = torch.Generator().manual_seed(1)
+    eps, tol = torch.finfo(compute_dtype(dtype)).eps, 1e-5
+    slow = 0
+    for _ in range(50):
+        w = random_matrices(100, dtype, generator)
+        r = gti.power_iteration(w, tol=tol, max_steps=1000, backend="cpu")
+        size = w.double().abs().amax((1, 2)).clamp(min=1e-300)
+        true = torch.linalg.svdvals(w.double() / size[:, None, None])
+        sigma, residual, upper = (
+            x.double() for x in (r.sigma[:, 0] / size, r.residual[:, 0], r.upper / size)
+        )
+        assert torch.equal(r.converged, r.residual[:, 0] <= tol)
+        slow += int((~r.converged).sum())
+        assert bool((sigma <= true[:, 0] * (1 + 32 * eps)).all())
+        assert bool((upper >= true[:, 0] * (1 - 2.0**-50)).all())
+        nearest = (true.square() - sigma.square()[:, None]).abs().amin(1)
+        assert bool((nearest <= (residual + 64 * eps) * sigma.square()).all())
+        # A start nearly orthogonal to v₁ may settle on a neighbour of σ₁ in a cluster.
+        torch.testing.assert_close(sigma, true[:, 0], rtol=1e-2, atol=0)
+    assert slow <= 5  # clusters at the top, tighter than 1e-4
+
+
 # ---- prescribed spectra --------------------------------------------------------------------------
 
 
