@@ -13,7 +13,7 @@ import importlib.util
 import platform
 import sys
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -78,9 +78,11 @@ class Explanation:
     op: str
     backend: str
     passed_over: dict[str, str]
+    note: str = ""  #: what the backend itself chooses for this call
 
     def __str__(self) -> str:
         lines = [f"{self.op}: backend='auto' runs {self.backend!r}"]
+        lines += [f"  {self.note}"] if self.note else []
         lines += [f"  not {name!r}: {reason}" for name, reason in self.passed_over.items()]
         return "\n".join(lines)
 
@@ -141,7 +143,11 @@ def explain(op: str, *args: Any, **kwargs: Any) -> Explanation:
         raise ValueError(f"explain: op must be one of {', '.join(BY_NAME)}; got {op!r}")
     ops = importlib.import_module(f"gti_kernels.ops.{BY_NAME[op].stem}")
     device, limits = getattr(ops, f"limits_of_{op.rstrip('_')}")(*args, **kwargs)
-    return preference(op, device, limits)
+    explanation = preference(op, device, limits)
+    note = getattr(ops, "note", None)
+    if note is None:
+        return explanation
+    return replace(explanation, note=note(explanation.backend, *args, **kwargs))
 
 
 def build_info() -> dict[str, str]:

@@ -93,8 +93,23 @@ static py::object py_power_iteration(py::handle weights, py::handle start, int k
   return py::make_tuple(sigma, u, v, residual, steps_tensor, flags_tensor, upper);
 }
 
+static bool py_uses_gram(int itemsize, int64_t m, int64_t n, int k, std::string_view method,
+                         int64_t max_steps, double tol, bool started) {
+  PowerIterationItem item{itemsize == 8   ? DType::f64
+                          : itemsize == 4 ? DType::f32
+                                          : DType::bf16,
+                          1,
+                          m,
+                          n,
+                          nullptr,
+                          started ? &item : nullptr};
+  const auto how = method == "power" ? PowerMethod::power : PowerMethod::cg;
+  return power_iteration_uses_gram(item, k, how, max_steps, tol);
+}
+
 void bind_power_iteration(py::module_& module) {
   module.def("power_iteration", &py_power_iteration);
+  module.def("power_iteration_uses_gram", &py_uses_gram);
 }
 
 }  // namespace gti

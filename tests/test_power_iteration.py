@@ -417,6 +417,51 @@ def test_a_start_of_no_use_is_replaced(backend):
         assert float(r.sigma) == pytest.approx(float(svdvals(w)[0]), rel=1e-9)
 
 
+@every_dtype
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("shape", [(64, 9001), (9001, 64), (7, 60000), (60000, 13)])
+def test_a_short_side_starts_from_its_gram_matrix(shape, k, dtype):
+    w = testing.with_spectrum(1 - 0.01 * index(min(shape)), *shape, dtype=dtype)
+    assert gti.explain("power_iteration", w, k=k).note.startswith("1 of 1 matrices")
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(gti.power_iteration(w, k=k, tol=1e-5, backend="cpu"))
+    r = results[0]
+    assert all(map(torch.equal, r, results[1]))
+    assert bool(r.converged) and int(r.steps) == (2 if shape[0] > shape[1] else 3)
+    torch.testing.assert_close(r.sigma.double(), svdvals(w)[:k], rtol=1e-6, atol=0)
+    check_several(w, r, atol=1000 * torch.finfo(r.u.dtype).eps)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"tol": 0.0}, {"method": "power"}, {"max_steps": 3}, {"k": 40}],
+    ids=["exactly max_steps", "power", "few steps", "many triples"],
+)
+def test_no_gram_matrix_where_it_does_not_pay(options):
+    w = numbers(64, 9001, dtype=torch.float32)
+    assert gti.explain("power_iteration", w, **options).note in ("", NO_GRAM)
+    assert gti.explain("power_iteration", numbers(64, 64)).note == NO_GRAM
+    start = gti.power_iteration(w)
+    note = gti.explain("power_iteration", w, start=start).note
+    assert note == NO_GRAM.replace("at random", "from the earlier result")
+
+
+NO_GRAM = "0 of 1 matrices start from the Gram matrix of their short side, the others at random"
+
+
+@pytest.mark.parametrize("scale", [1e-200, 1e200, math.nan])
+def test_a_gram_matrix_out_of_range_is_no_start(scale):
+    w = numbers(9001, 20)
+    r = gti.power_iteration(w * scale, tol=1e-6, backend="cpu")
+    if math.isnan(scale):
+        assert math.isnan(float(r.sigma)) and not bool(r.converged)
+    else:
+        assert bool(r.converged)
+        assert float(r.sigma) / scale == pytest.approx(float(svdvals(w)[0]), rel=1e-9)
+
+
 @every_backend
 @every_method
 @every_dtype

@@ -226,6 +226,35 @@ def limits_of_power_iteration(
     return ws[0].device, limits
 
 
+def note(
+    backend: str,
+    weights: Tensor | Sequence[Tensor],
+    *,
+    k: int = 1,
+    method: str = "cg",
+    max_steps: int = 200,
+    tol: float = 1e-4,
+    start: SingularTriples | None = None,
+    **_: Any,
+) -> str:
+    """Where a call starts from, for `explain`."""
+    ws, batched = _weight_list(weights)
+    if backend != "cpu":
+        return ""
+    assert backends.compiled is not None
+    uses_gram = backends.compiled.power_iteration_uses_gram
+    settings = (k, method, max_steps, float(tol), start is not None)
+    sizes = [(w.dtype.itemsize, *_sizes(w, batched)) for w in ws]
+    gram = sum(b for size, b, m, n in sizes if uses_gram(size, m, n, *settings))
+    count, others = sum(b for _, b, *_ in sizes), "at random"
+    if start is not None:
+        others = "from the earlier result"
+    return (
+        f"{gram} of {count} matrices start from the Gram matrix of their short side, "
+        f"the others {others}"
+    )
+
+
 def _power_iteration(
     weights: list[Tensor],
     batched: bool,

@@ -20,8 +20,8 @@ struct PowerIterationItem {
   void* v;           // [batch, n, k] of the compute type
   double* sigma;     // [batch, k], descending
   double* residual;  // [batch, k]  ‖WᵀWv − θv‖ / θ₁
-  double* upper;    // [batch]  min(‖W‖_F, √(‖W‖₁‖W‖_∞)) ≥ σ₁, with room to round to the compute type
-  int64_t* steps;   // [batch]  passes over W
+  double* upper;   // [batch]  min(‖W‖_F, √(‖W‖₁‖W‖_∞)) ≥ σ₁, with room to round to the compute type
+  int64_t* steps;  // [batch]  passes over W
   bool* converged;  // [batch]  all residuals ≤ tol
 };
 
@@ -29,5 +29,10 @@ struct PowerIterationItem {
 // the random start vectors. tol = 0: exactly max_steps passes.
 void power_iteration(const PowerIterationItem* items, int64_t n_items, int k, PowerMethod method,
                      int64_t max_steps, double tol, uint64_t seed, int threads);
+
+// True where a matrix starts from the Gram matrix of its short side instead of at random: the cost
+// model. The iteration then confirms the result with passes over W, as ever.
+bool power_iteration_uses_gram(const PowerIterationItem& item, int k, PowerMethod method,
+                               int64_t max_steps, double tol);
 
 }  // namespace gti
