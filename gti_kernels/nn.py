@@ -1,0 +1,212 @@
+"""Spectral normalisation as a parametrization of torch modules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from .conventions import compute_dtype
+from .ops.library import without_transforms
+from .ops.power_iteration import power_iteration, start_from
+
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_FIRST_STEPS = 15  #: most passes over W at registration
+
+
+def spectral_norm(
+    module: nn.Module,
+    name: str = "weight",
+    n_power_iterations: int = 1,
+    eps: float = 1e-12,
+    dim: int | None = None,
+) -> nn.Module:
+    """Parametrizes module.<name> as W/σ, σ the estimate of its largest singular value.
+
+    Interface and buffers are those of torch.nn.utils.parametrizations.spectral_norm, and so are
+    remove_parametrizations, state_dict and the modes: in training mode each use of the weight takes
+    `n_power_iterations` power steps v ← WᵀWv/‖WᵀWv‖ from the last v; in eval mode v stays. Then
+    u = W v/‖W v‖ and σ = ‖W v‖. The gradient is that of W/σ with dσ/dW = u vᵀ,
+
+        ∂L/∂W = (G − ⟨G, W/σ⟩ u vᵀ) / σ,    G = ∂L/∂(W/σ),
+
+    u and v taken as constants: exact for a given v, and that of W/σ₁ where v has converged.
+
+    Where it differs from torch's:
+    - σ and u belong to the new v (torch's u is that of the v before): σ is larger, nearer to σ₁,
+      and the same in the next forward in eval mode.
+    - σ ≤ eps counts as 0: then W is passed on as it is, with its gradient, and u and v last. A
+      zero weight gives a zero weight and a finite gradient.
+    - A weight with NaN or Inf is passed on as it is; u and v stay.
+    - bf16 and fp16 are read as they are; u, v, σ and all sums are fp32 (fp64 for fp64).
+    - u and v are replaced, never written: a graph may hold them, and the module may be used many
+      times before backward. So a captured CUDA graph, and replicas of nn.DataParallel, do not pass
+      new vectors on.
+    - The start vector at registration comes from a counter, not from torch's generator.
+
+    Args:
+        module: its weight has at least one dim; a vector w becomes w/‖w‖. dtype fp64, fp32, bf16
+            or fp16.
+        name: of the parameter.
+        n_power_iterations: n ≥ 1; a forward in training mode reads W n + 1 times, in eval mode
+            once, and W/σ is written once. A backward reads G twice and W/σ once.
+        dim: the axis of outputs; the matrix is [W.shape[dim], −1]. Default 0, but 1 for
+            nn.ConvTranspose. A W that is not contiguous, or dim ≠ 0, costs a copy of W.
+
+    Returns:
+        module. Works under torch.compile (fullgraph), autocast, torch.func.grad, jvp and vmap;
+        under vmap over weights the new vectors stay inside.
+
+    Raises:
+        ValueError, IndexError, TypeError: the argument, what was expected, what came.
+
+    Source: Miyato, Kataoka, Koyama, Yoshida 2018 (arXiv:1802.05957).
+
+    >>> import torch, gti_kernels as gti
+    >>> layer = gti.nn.spectral_norm(torch.nn.Linear(20, 40), n_power_iterations=20)
+    >>> bool((torch.linalg.matrix_norm(layer.weight, 2) - 1).abs() < 0.01)
+    True
+    """
+    weight = getattr(module, name, None)
+    if not isinstance(weight, Tensor):
+        raise ValueError(
+            f"spectral_norm: name must be that of a parameter or buffer of {type(module).__name__},"
+            f" got {name!r}"
+        )
+    if dim is None:
+        dim = 1 if isinstance(module, _TRANSPOSED) else 0
+    parametrize.register_parametrization(
+        module, name, SpectralNorm(weight, n_power_iterations, dim, eps)
+    )
+    return module
+
+
+class SpectralNorm(nn.Module):
+    """The parametrization W → W/σ of `spectral_norm`; holds its vectors as buffers _u [m], _v [n]
+    (none for a 1-D weight)."""
+
+    _u: Tensor
+    _v: Tensor
+
+    def __init__(
+        self, weight: Tensor, n_power_iterations: int = 1, dim: int = 0, eps: float = 1e-12
+    ) -> None:
+        super().__init__()
+        if not -weight.ndim <= dim < weight.ndim:
+            raise IndexError(
+                f"spectral_norm: dim must be in [{-weight.ndim}, {weight.ndim - 1}] for a weight "
+                f"of shape {tuple(weight.shape)}, got {dim}"
+            )
+        if not isinstance(n_power_iterations, int) or n_power_iterations < 1:
+            raise ValueError(
+                f"spectral_norm: n_power_iterations must be an integer >= 1, got "
+                f"{n_power_iterations!r}"
+            )
+        self.n_power_iterations, self.eps, self.dim = n_power_iterations, eps, dim % weight.ndim
+        if weight.ndim > 1:
+            first = power_iteration(_matrix(weight.detach(), self.dim), max_steps=_FIRST_STEPS)
+            self.register_buffer("_u", first.u[:, 0])
+            self.register_buffer("_v", first.v[:, 0])
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if weight.ndim == 1:
+            norm = torch.linalg.vector_norm(weight, dtype=compute_dtype(weight.dtype))
+            return weight / _divisor(norm, self.eps)
+        # A Function with a jvp breaks fullgraph compilation, so the compiler sees one without.
+        function = _Normalized if torch.compiler.is_compiling() else _NormalizedForward
+        passes = self.n_power_iterations + 1 if self.training else 1
+        out, u, v, sigma = function.apply(weight, self._v, passes, self.eps, self.dim)
+        if self.training:
+            with torch.no_grad():
+                finite = torch.isfinite(sigma)
+                u, v = torch.where(finite, u, self._u), torch.where(finite, v, self._v)
+            self._u, self._v = without_transforms(u), without_transforms(v)
+        return out
+
+
+def _matrix(weight: Tensor, dim: int) -> Tensor:
+    """[m, n] with the axis `dim` as rows."""
+    return (weight if dim == 0 else weight.movedim(dim, 0)).flatten(1)
+
+
+def _divisor(sigma: Tensor, eps: float) -> Tensor:
+    """σ, or 1 where it is no more than eps (or NaN)."""
+    return torch.where(sigma > eps, sigma, 1.0)
+
+
+class _Normalized(torch.autograd.Function):
+    """(W/σ, u, v, σ) after `passes` passes over W from v; W/σ and σ are differentiable."""
+
+    @staticmethod
+    def forward(
+        weight: Tensor, v: Tensor, passes: int, eps: float, dim: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        matrix, start = _matrix(weight, dim), start_from(v)
+        out = power_iteration(matrix, method="power", max_steps=passes, tol=0.0, start=start)
+        sigma = out.sigma[0]
+        return weight / _divisor(sigma, eps), out.u[:, 0], out.v[:, 0], sigma
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.eps, ctx.dim = inputs[3:]
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*output[1:3])
+        ctx.save_for_backward(*output)
+        ctx.save_for_forward(*output)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad, _, _, grad_sigma = grads
+        normalized, u, v, sigma = ctx.saved_tensors
+        divisor = _divisor(sigma, ctx.eps)
+        inner = torch.zeros_like(sigma)  # ⟨G, W/σ⟩ − σ ∂L/∂σ
+        if grad is not None:
+            inner = _dot(grad, normalized, sigma.dtype)
+        if grad_sigma is not None:
+            inner = inner - divisor * grad_sigma
+        column, row = _outer_factors(u, v, normalized.shape, ctx.dim)
+        column = column * torch.where(sigma > ctx.eps, -inner, 0.0)
+        if grad is None:
+            out = column * row
+        else:
+            out = torch.addcmul(grad.to(u.dtype), column, row)
+        out = out / divisor if torch.is_grad_enabled() else out.div_(divisor)
+        return out.to(normalized.dtype), None, None, None, None
+
+
+class _NormalizedForward(_Normalized):
+    """_Normalized with the rules of forward mode and vmap, which the compiler does not take."""
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        normalized, u, v, sigma = ctx.saved_tensors
+        column, row = _outer_factors(u, v, normalized.shape, ctx.dim)
+        moved = (column * tangent * row).sum()
+        of_divisor = torch.where(sigma > ctx.eps, moved, 0.0)
+        out = (tangent - of_divisor * normalized) / _divisor(sigma, ctx.eps)
+        return out.to(normalized.dtype), None, None, moved
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: Any, weight: Tensor, v: Tensor, *settings: Any
+    ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+        """One after the other."""
+        ws, vs = (
+            [x] * info.batch_size if d is None else x.unbind(d)
+            for x, d in zip((weight, v), in_dims)
+        )
+        outs = [_NormalizedForward.apply(*pair, *settings) for pair in zip(ws, vs)]
+        return tuple(torch.stack(x) for x in zip(*outs)), (0, 0, 0, 0)
+
+
+def _dot(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.dot(a.reshape(-1).to(dtype), b.reshape(-1).to(dtype))
+
+
+def _outer_factors(u: Tensor, v: Tensor, shape: torch.Size, dim: int) -> tuple[Tensor, Tensor]:
+    """u and v in shapes whose product is u vᵀ in the shape of W."""
+    column, row = [1] * len(shape), list(shape)
+    column[dim], row[dim] = shape[dim], 1
+    return u.view(column), v.view(row)
