@@ -12,6 +12,7 @@ from .conventions import compute_dtype
 from .ops.library import is_plain_eager, without_transforms
 from .ops.power_iteration import power_iteration, start_from
 
+_is_batched = torch._C._functorch.is_legacy_batchedtensor  # of autograd.grad(is_grads_batched=True)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _FIRST_STEPS = 15  #: most passes over W at registration
 
@@ -32,7 +33,8 @@ def spectral_norm(
 
         ∂L/∂W = (G − ⟨G, W/σ⟩ u vᵀ) / σ,    G = ∂L/∂(W/σ),
 
-    u and v taken as constants: exact for a given v, and that of W/σ₁ where v has converged.
+    v taken as a constant: exact for a given v, and that of W/σ₁ where v has converged. Second
+    derivatives are those for a given v, too.
 
     Where it differs from torch's:
     - σ and u belong to the new v (torch's u is that of the v before): σ is larger, nearer to σ₁,
@@ -134,8 +136,8 @@ def _matrix(weight: Tensor, dim: int) -> Tensor:
 
 
 class _Normalized(torch.autograd.Function):
-    """(W/σ, u [m, 1], v [n, 1], σ) after `passes` passes over W from v; W/σ and σ are
-    differentiable, in W."""
+    """(W/σ, u [m, 1], v [n, 1], σ) after `passes` passes over W from v; W/σ, u and σ are
+    differentiable, in W for a fixed v."""
 
     @staticmethod
     def forward(  # type: ignore[override]
@@ -150,26 +152,29 @@ class _Normalized(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         *_, ctx.eps, ctx.dim = inputs
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*output[1:3])
+        ctx.mark_non_differentiable(output[2])
         ctx.save_for_backward(*output)
         ctx.save_for_forward(*output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """(G − inner u vᵀ)/σ, inner = ⟨G, W/σ⟩ − σ ∂L/∂σ, or 0 where σ ≤ eps."""
-        grad, _, _, grad_sigma = grads
+        """(G − (⟨G, W/σ⟩ u − σ ∂L/∂σ u − (1 − u uᵀ) ∂L/∂u) vᵀ)/σ; G where σ ≤ eps."""
+        grad, grad_u, _, grad_sigma = grads
         normalized, u, v, sigma = ctx.saved_tensors
         divisor = _divisor(sigma, ctx.eps)
         inner = 0.0 if grad is None else _dot(grad, normalized, sigma.dtype)
         if grad_sigma is not None:
             inner = inner - divisor * grad_sigma
-        column, row = _outer_factors(u, v, normalized.shape, ctx.dim)
-        column = column * (inner * (sigma > ctx.eps))
+        along_v = inner * u
+        if grad_u is not None:  # only of a second derivative
+            along_v = along_v - (grad_u - (u * grad_u).sum() * u)
+        along_v = along_v * (sigma > ctx.eps)
+        column, row = _outer_factors(along_v, v, normalized.shape, ctx.dim)
         if grad is None:
             out = -column * row
         else:
             out = torch.addcmul(grad.to(u.dtype), column, row, value=-1)
-        # Where this is recorded for a second derivative nothing is written in place.
+        # Where this is recorded for another derivative nothing is written in place.
         out = out / divisor if torch.is_grad_enabled() else out.div_(divisor)
         return out.to(normalized.dtype), None, None, None, None
 
@@ -188,11 +193,11 @@ class _NormalizedEager(_Normalized):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad, *_, grad_sigma = grads
+        grad, *others = grads
         normalized, u, v, sigma = ctx.saved_tensors
         readable = sigma.device.type == "cpu" and ctx.dim == 0 and u.dtype == normalized.dtype
-        plain = is_plain_eager() and not torch.is_grad_enabled()
-        if grad is None or grad_sigma is not None or not (readable and plain):
+        first = not torch.is_grad_enabled() and all(g is None for g in others)
+        if grad is None or not (first and readable and is_plain_eager()) or _is_batched(grad):
             return _Normalized.backward(ctx, *grads)
         value = sigma.item()
         if value <= ctx.eps:
@@ -209,10 +214,14 @@ class _NormalizedTransformed(_Normalized):
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         normalized, u, v, sigma = ctx.saved_tensors
-        column, row = _outer_factors(u, v, normalized.shape, ctx.dim)
-        moved = (column * tangent * row).sum()
-        out = tangent - moved * (sigma > ctx.eps) * normalized
-        return (out / _divisor(sigma, ctx.eps)).to(normalized.dtype), None, None, moved
+        divisor = _divisor(sigma, ctx.eps)
+        row = _outer_factors(u, v, normalized.shape, ctx.dim)[1]
+        others = [axis for axis in range(normalized.ndim) if axis != ctx.dim]
+        of_y = (tangent.to(u.dtype) * row).sum(others).unsqueeze(1)  # y = W v
+        of_y = of_y * (sigma > ctx.eps)
+        of_sigma = (u * of_y).sum()
+        out = (tangent - of_sigma * normalized) / divisor
+        return out.to(normalized.dtype), (of_y - of_sigma * u) / divisor, None, of_sigma
 
     @staticmethod
     def vmap(
