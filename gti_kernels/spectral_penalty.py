@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from .ops.arguments import finite
 from .ops.library import without_transforms
-from .ops.power_iteration import sigma_with_vectors, start_from
+from .ops.power_iteration import _check_settings, sigma_with_vectors, start_from
 
 Layers = Callable[[str, nn.Module], bool] | Iterable[str] | None
 Place = tuple[nn.Module, str]  #: a module and the name of its weight there
@@ -77,6 +77,7 @@ class SpectralPenalty:
         self.target = finite("SpectralPenalty", "target", target)
         if not isinstance(every, int) or every < 1:
             raise ValueError(f"SpectralPenalty: every must be an integer >= 1, got {every!r}")
+        _check_settings(method, max_steps, tol, seed)
         self.every = every
         self.settings = (method, max_steps, tol)
         self.seed, self.backend = seed, backend
