@@ -79,7 +79,7 @@ def test_descent_reaches_the_target():
         penalty().backward()
         optimizer.step()
     for name in WEIGHTS:
-        norm = torch.linalg.matrix_norm(net.get_parameter(name).flatten(1), 2)
+        norm = torch.linalg.matrix_norm(net.get_parameter(name).detach().flatten(1), 2)
         assert float(norm) == pytest.approx(0.7, abs=0.02)
     assert not any(s.requires_grad for s in penalty.sigmas.values())
 
@@ -108,21 +108,37 @@ def test_one_call_for_all_layers_from_the_last_vectors(calls):
     first = op.sigma_with_vectors(
         [net[i].weight for i in (0, 3, 4)], 1, "cg", 200, 1e-4, None, 0, "auto"
     )
-    for v, expected in zip(starts[1].v, first[4:]):
-        assert torch.equal(v, expected)
+    for v, last in zip(starts[1].v, first[4:]):
+        assert 0.98 < float((v * last).sum() / v.norm()) < 1 - 1e-4
+    assert not torch.equal(starts[1].v[0], starts[2].v[0])
 
 
 def test_the_warm_start_saves_steps():
-    """With one pass a call the values climb to the true ones, call by call."""
+    """With two passes a call the values climb to the true ones, call by call."""
     net = model()
     penalty = gti.SpectralPenalty(net, method="power", max_steps=2, tol=0.0)
     values = []
-    for _ in range(300):
+    for _ in range(60):
         penalty()
         values.append(torch.stack(list(penalty.sigmas.values())))
-    true = torch.stack([torch.linalg.matrix_norm(net[i].weight.flatten(1), 2) for i in (0, 3, 4)])
-    assert bool((values[0] < 0.99 * true).any())
-    torch.testing.assert_close(values[-1], true.detach(), rtol=1e-6, atol=0)
+    with torch.no_grad():
+        true = torch.stack(
+            [torch.linalg.matrix_norm(net[i].weight.flatten(1), 2) for i in (0, 3, 4)]
+        )
+    assert bool((values[0] < 0.8 * true).any())
+    assert bool((values[-1] > 0.98 * true).all())
+
+
+def test_a_vector_that_is_no_longer_the_top_one_is_left():
+    """The penalty's own gradient step: v stays singular, with a σ below the second."""
+    net = nn.Linear(300, 200, bias=False).double()
+    penalty = gti.SpectralPenalty(net, target=0.5, tol=1e-6)
+    penalty().backward()
+    with torch.no_grad():
+        net.weight -= 0.5 * net.weight.grad
+        top = float(torch.linalg.matrix_norm(net.weight, 2))
+    penalty()
+    assert float(penalty.sigmas["weight"]) == pytest.approx(top, rel=1e-5)
 
 
 def test_every(calls):
