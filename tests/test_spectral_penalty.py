@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.func import functional_call, grad
 from torch.nn.utils import parametrizations, parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gti_kernels as gti
 from gti_kernels import spectral_penalty
@@ -245,6 +246,24 @@ def test_frozen_weights_count_without_a_gradient():
     for p in net.parameters():
         p.requires_grad_(False)
     assert not penalty().requires_grad
+
+
+def test_a_frozen_weight_costs_no_outer_product():
+    class Largest(TorchDispatchMode):
+        size = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                self.size = max(self.size, out.numel())
+            return out
+
+    net = nn.Sequential(nn.Linear(50, 40), nn.Linear(40, 3))
+    net[0].weight.requires_grad_(False)
+    value = gti.SpectralPenalty(net)()
+    with Largest() as seen:
+        value.backward()
+    assert seen.size == 3 * 40
 
 
 def test_parametrized_weights_are_those_the_module_uses():
