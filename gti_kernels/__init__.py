@@ -1,18 +1,22 @@
 """gti_kernels: kernels that measure the geometry of neural-network training.
 
 Three families, each a plain function on tensors: singular values of many weights
-(`power_iteration`, `top_singular_values`), in-place symplectic steps (`kick_`, `drift_`,
-`kick_drift_`, `kinetic_energy`, `leapfrog_`) and the symplectic 2-form (`two_form`). On top of them
-the probes and the certificate (`HamiltonianSystem`, `round_trip`, `omega_invariance`,
-`energy_drift`, `certify`). `explain`, `available` and `build_info` tell what runs where.
+(`power_iteration`, `top_singular_values`) and of operators (`power_iteration_operator`), in-place
+symplectic steps (`kick_`, `drift_`, `kick_drift_`, `kinetic_energy`, `leapfrog_`) and the
+symplectic 2-form (`two_form`). On top of them spectral regularisation (`nn.spectral_norm`,
+`SpectralPenalty`), the probes and the certificate (`HamiltonianSystem`, `round_trip`,
+`omega_invariance`, `energy_drift`, `certify`). `explain`, `available` and `build_info` tell what
+runs where.
 """
 
 __version__ = "0.1.0"
 
+from . import nn
 from .backends import available, build_info, explain
 from .ops.kinetic_energy import kinetic_energy
 from .ops.leapfrog import drift_, kick_, kick_drift_, leapfrog_
 from .ops.power_iteration import SingularTriples, power_iteration, top_singular_values
+from .ops.power_iteration_operator import power_iteration_operator
 from .ops.two_form import TwoForm, two_form
 from .probes.certificate import Certificate, Thresholds, certify
 from .probes.dose_response import dose_response
@@ -20,11 +24,13 @@ from .probes.energy_drift import energy_drift
 from .probes.hamiltonian_system import HamiltonianSystem
 from .probes.omega_invariance import omega_invariance
 from .probes.round_trip import round_trip
+from .spectral_penalty import SpectralPenalty
 
 __all__ = [
     "Certificate",
     "HamiltonianSystem",
     "SingularTriples",
+    "SpectralPenalty",
     "Thresholds",
     "TwoForm",
     "available",
@@ -38,8 +44,10 @@ __all__ = [
     "kick_drift_",
     "kinetic_energy",
     "leapfrog_",
+    "nn",
     "omega_invariance",
     "power_iteration",
+    "power_iteration_operator",
     "round_trip",
     "top_singular_values",
     "two_form",

@@ -40,6 +40,15 @@ def is_plain_eager() -> bool:
     )
 
 
+def without_transforms(x: Tensor) -> Tensor:
+    """x without the wrappers of torch.func.grad and jvp: what is to outlive the transform."""
+    if is_plain_eager() or _is_compiling():
+        return x
+    while torch._C._functorch.is_gradtrackingtensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
+
+
 def refuse_derivative(op: str, tensors: Iterable[Tensor], remedy: str) -> None:
     """Raises where a derivative through `op` is wanted: it would be silently zero."""
     if torch.is_grad_enabled():

@@ -135,14 +135,34 @@ def top_singular_values(
     tensor([[1., 0.],
             [0., 0.]])
     """
+    sigma, *_ = sigma_with_vectors(weights, k, method, max_steps, tol, start, seed, backend)
+    return sigma.reshape(*weights.shape[:-2], k) if isinstance(weights, Tensor) else sigma
+
+
+def sigma_with_vectors(
+    weights: Tensor | Sequence[Tensor],
+    k: int,
+    method: str,
+    max_steps: int,
+    tol: float,
+    start: SingularTriples | None,
+    seed: int,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    """σ [M, k], differentiable, then u and v of each weight, detached: for a next start."""
     _check_settings(method, max_steps, tol, seed)
     ws, batched = _weight_list(weights)
     starts = _starts(start, ws, batched, k)
     options = (batched, k, method, max_steps, float(tol), seed, backend, len(ws))
     # A Function with a jvp breaks fullgraph compilation, so the compiler sees one without.
     function = _Sigma if torch.compiler.is_compiling() else _SigmaForward
-    sigma = function.apply(options, *ws, *starts)[0]
-    return sigma.reshape(*ws[0].shape[:-2], k) if batched else sigma
+    return function.apply(options, *ws, *starts)
+
+
+def start_from(v: Tensor | Sequence[Tensor]) -> SingularTriples:
+    """A result of which only v is known: enough for `start`."""
+    nothing: Any = None
+    return SingularTriples(nothing, nothing, v, nothing, nothing, nothing, nothing)
 
 
 def _check_settings(method: str, max_steps: int, tol: float, seed: int) -> None:
@@ -340,8 +360,13 @@ class _Sigma(torch.autograd.Function):
     def backward(ctx: Any, grad_sigma: Tensor, *_: Tensor) -> tuple[Any, ...]:
         count = len(ctx.counts)
         us, vs = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
-        grads = []
-        for u, v, g, (shape, dtype) in zip(us, vs, grad_sigma.split(ctx.counts), ctx.like):
+        grads: list[Tensor | None] = []
+        wanted = ctx.needs_input_grad[1:]
+        sigmas = grad_sigma.split(ctx.counts)
+        for u, v, g, (shape, dtype), want in zip(us, vs, sigmas, ctx.like, wanted):
+            if not want:  # frozen
+                grads.append(None)
+                continue
             g = g.to(u.dtype) if u.ndim == 2 else g.to(u.dtype).unsqueeze(-2)  # [1, k], [B, 1, k]
             # Σ_k g u vᵀ without a matmul, which autocast would narrow.
             outer = sum((u * g)[..., i, None] * v[..., None, :, i] for i in range(u.shape[-1]))

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+
 import torch
 from torch import Tensor
 
 from ..conventions import compute_dtype
+
+#: Yields x, is sent (W x, WᵀW x), returns u, v, σ, residual, steps, converged; see `iterate`.
+Iteration = Generator[Tensor, tuple[Tensor, Tensor], tuple[Tensor, ...]]
 
 
 def power_iteration(
@@ -96,9 +101,35 @@ def _one(
     scale = 2.0 ** (torch.floor(torch.log2(largest))) if largest > 0 else torch.ones_like(largest)
     a = (w.to(torch.float64) / scale).to(c)
 
-    v = _orthonormal(v0.to(c), [])
+    iteration = iterate(v0.to(c), method, max_steps, tol)
+    x = next(iteration)
+    while True:
+        y = a @ x
+        try:
+            x = iteration.send((y, a.T @ y))
+        except StopIteration as end:
+            u, v, sigma, residual, steps, converged = end.value
+            break
+    a64 = a.double().abs()
+    frobenius = torch.linalg.vector_norm(a64)
+    one_inf = (a64.sum(0).max() * a64.sum(1).max()).sqrt()
+    upper = torch.minimum(frobenius, one_inf) * (1 + 4 * torch.finfo(c).eps)
+    return u, v, sigma * scale, residual, steps, converged, upper * scale
+
+
+def iterate(v0: Tensor, method: str, max_steps: int, tol: float) -> Iteration:
+    """The iteration on an operator W that is known by its products alone.
+
+    A generator: it yields x [n, j], j ≤ k, and expects the images y = W x [m, j] and z = Wᵀy [n, j]
+    to be sent; this is one pass. It returns u [m, k], v [n, k], σ [k], residual [k], steps,
+    converged. v0: [n, k], fp32 or fp64, the type of all vectors; σ and residual are fp64.
+    """
+    n, k = v0.shape
+    c = v0.dtype
+    v = _orthonormal(v0, [])
+    y, z = yield v
+    m = y.shape[0]
     s = v.new_zeros(n, 0)
-    y, z = _pass(a, v)
     y_s, z_s = y.new_zeros(m, 0), z.new_zeros(n, 0)
     steps = 1
     while True:
@@ -113,12 +144,12 @@ def _one(
             break
         if method == "power":
             v = _orthonormal(z, [])
-            y, z = _pass(a, v)
+            y, z = yield v
         else:
             # Locally optimal: the best V in span[V, R, S]. The residual R of a Ritz basis is
             # orthogonal to the old span, so only R needs orthonormalising, and only R a pass.
             r = _orthonormal(r, [v, s], complete=False)
-            y_r, z_r = _pass(a, r)
+            y_r, z_r = yield r
             basis = [torch.cat(x, 1) for x in ([v, r, s], [y, y_r, y_s], [z, z_r, z_s])]
             _, vectors = torch.linalg.eigh(basis[1].double().T @ basis[1].double())
             top = vectors.flip(1)[:, :k]
@@ -133,24 +164,14 @@ def _one(
     sigma = torch.linalg.vector_norm(y, dim=0)
     keep = sigma > sigma.max() * min(torch.finfo(c).eps * max(m, n), 0.01)
     u = _orthonormal(torch.where(keep, y / torch.where(keep, sigma, 1.0), 0.0), [])
-    a64 = a.double().abs()
-    frobenius = torch.linalg.vector_norm(a64)
-    one_inf = (a64.sum(0).max() * a64.sum(1).max()).sqrt()
-    upper = torch.minimum(frobenius, one_inf) * (1 + 4 * torch.finfo(c).eps)
     return (
         u,
         v,
-        sigma.double() * scale,
+        sigma.double(),
         residual.double(),
-        torch.tensor(steps, device=w.device),
-        torch.tensor(converged, device=w.device),
-        upper * scale,
+        torch.tensor(steps, device=v.device),
+        torch.tensor(converged, device=v.device),
     )
-
-
-def _pass(a: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    y = a @ v
-    return y, a.T @ y
 
 
 def _orthonormal(x: Tensor, against: list[Tensor], complete: bool = True) -> Tensor:
