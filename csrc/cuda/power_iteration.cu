@@ -35,7 +35,7 @@
 // Macros: ELEMENT 0 fp64, 1 fp32, 2 bf16, 3 fp16; TEAM 0 block, 1 cluster, 2 grid; THREADS.
 
 #ifndef THREADS
-#define THREADS 512
+#define THREADS 256
 #endif
 
 typedef long long int64;
@@ -266,6 +266,7 @@ struct Work {
   bool even;              // each row begins on a 16-byte boundary
   const Element* w;       // the first row of the block, in device memory
   C down, up;             // powers of two; up · down · W has a safe size
+  double upper;           // ≥ ‖W‖₂
 
   // Vectors of length np: x as the pass takes it and z [groups, np], whose sum over groups is what the
   // block shows to the team as its share. Unless wide they are in shared memory, at x_at and z_at, as
@@ -287,6 +288,12 @@ struct Work {
 
 // ---- a team of blocks --------------------------------------------------------------------------
 
+// What the direction r of the next pass is: factor · x, of which on_v and on_s lie on v and s; left
+// is the inverse length of the rest.
+struct Direction {
+  double factor, on_v, on_s, left;
+};
+
 // At the beginning of shared memory.
 struct Control {
   double parts[2][kWarps][8];  // sums of a warp
@@ -295,6 +302,7 @@ struct Control {
   C warp_rows[2][kWarps][8];   // a warp's part of the dot products of 8 rows
   C columns[THREADS];          // parts of the sum of shares
   double ritz[8];
+  Direction direction;
   Work work;
 };
 
@@ -532,18 +540,20 @@ __device__ __forceinline__ void multiply(const Work& p, const Element* w, int64 
 template <int R, bool kMeasure>
 __device__ __forceinline__ void staged_pass(const Work& p, bool backwards, C* y, Measures& measures) {
   const int rows = p.groups * R, stages = static_cast<int>(p.item.stages);
-  const int64 panels = (p.rows + rows - 1) / rows;
+  const int panels = static_cast<int>((p.rows + rows - 1) / rows);
   // Odd passes go backwards: what the last pass left in L2 comes first.
-  const auto first = [&](int64 k) { return (backwards ? panels - 1 - k : k) * rows; };
-  const auto count = [&](int64 k) { return p.rows - first(k) < rows ? p.rows - first(k) : rows; };
-  const auto fetch = [&](int64 k, int stage) {
+  const auto first = [&](int k) {
+    return static_cast<int64>(backwards ? panels - 1 - k : k) * rows;
+  };
+  const auto count = [&](int k) { return p.rows - first(k) < rows ? p.rows - first(k) : rows; };
+  const auto fetch = [&](int k, int stage) {
     if (k < panels) copy_rows(p, first(k), count(k), p.ring(stage * rows));
     commit_copies();
   };
   for (int k = 0; k < stages - 1; ++k) fetch(k, k);
   int stage = 0, next = stages - 1;
 #pragma unroll 1
-  for (int64 k = 0; k < panels; ++k) {
+  for (int k = 0; k < panels; ++k) {
     if (stages == 4)
       wait_for_copies<2>();
     else if (stages == 3)
@@ -671,8 +681,8 @@ __device__ __forceinline__ void gather(Team& team, const Work& p, double factor)
 }
 
 // The norms of W, and a scale that keeps squares in the range of C. Returns false where W holds a NaN
-// or an infinity; else upper ≥ ‖W‖₂.
-__device__ __forceinline__ bool measure(Team& team, Work& p, double& upper) {
+// or an infinity.
+__device__ __forceinline__ bool measure(Team& team, Work& p) {
   for (bool again = false;; again = true) {
     Measures measures;
     pass<true>(p, false, nullptr, measures);
@@ -698,8 +708,9 @@ __device__ __forceinline__ bool measure(Team& team, Work& p, double& upper) {
     team.reduce(squares);
     const double one_inf = sqrt(column[0]) * sqrt(most[0]), frobenius = sqrt(squares[0]);
     const double rounding = static_cast<double>(p.item.m + p.np + 8) * kEpsilon;
-    upper = (one_inf < frobenius ? one_inf : frobenius) * (1.0 + rounding) /
-            (static_cast<double>(p.down) * static_cast<double>(p.up));
+    if (threadIdx.x == 0)
+      p.upper = (one_inf < frobenius ? one_inf : frobenius) * (1.0 + rounding) /
+                (static_cast<double>(p.down) * static_cast<double>(p.up));
     return true;
   }
 }
@@ -733,7 +744,8 @@ __device__ __forceinline__ double begin(Team& team, const Work& p, const Setting
   return inverse;
 }
 
-// Coordinates of the new v and the new s in (v, r, s), from the Gram matrix of their images.
+// Coordinates of the new v and the new s in (v, r, s), and ‖W v‖² of the new v, from the Gram matrix
+// of their images: to control()->ritz.
 __device__ __forceinline__ void rayleigh_ritz(const double (&gram)[6]) {
   double* ritz = control()->ritz;
   if (threadIdx.x == 0) {
@@ -747,21 +759,18 @@ __device__ __forceinline__ void rayleigh_ritz(const double (&gram)[6]) {
     ritz[3] = -length;
     ritz[4] = share * top[1];
     ritz[5] = length > 0.0 ? share * top[2] : 1.0;
+    const double a = static_cast<C>(top[0]), b = static_cast<C>(top[1]), c = static_cast<C>(top[2]);
+    ritz[6] = a * a * gram[0] + b * b * gram[3] + c * c * gram[5] +
+              2.0 * (a * b * gram[1] + a * c * gram[2] + b * c * gram[4]);
   }
   __syncthreads();
 }
-
-// What the direction r of the next pass is: factor · x, of which on_v and on_s lie on v and s; left
-// is the inverse length of the rest.
-struct Direction {
-  double factor = 0.0, on_v = 0.0, on_s = 0.0, left = 0.0;
-};
 
 // The residual of a Ritz vector is orthogonal to the space it came from, up to rounding. A small part
 // on v and s is taken off r and its images after the pass, by linearity; a large one now, twice at the
 // most. r is zero if nothing is left of it. dots: r with r, v, s.
 __device__ __forceinline__ Direction orthonormalise(Team& team, const Work& p, double (&dots)[3]) {
-  Direction to;
+  Direction to = {0.0, 0.0, 0.0, 0.0};
 #pragma unroll 1
   for (int turn = 0; dots[0] > 0.0; ++turn) {
     const double a = 1.0 / sqrt(dots[0]), on_v = dots[1] * a, on_s = dots[2] * a;
@@ -808,19 +817,19 @@ __device__ __forceinline__ void give_up(const Work& p, const Results& out) {
 }
 
 __device__ __forceinline__ void run(Team& team, Work& p, const Settings& set, const Results& out) {
-  double upper = 0.0;
-  if (!measure(team, p, upper)) return give_up(p, out);
-  Direction to;
-  to.factor = begin(team, p, set);
+  if (!measure(team, p)) return give_up(p, out);
+  Direction next = {begin(team, p, set), 0.0, 0.0, 0.0};
   double residual = 0.0;
   int64 step = 1;
 #pragma unroll 1
   for (;; ++step) {
-    gather(team, p, to.factor);
+    if (threadIdx.x == 0) control()->direction = next;  // not in registers during the pass
+    gather(team, p, next.factor);
     const bool cg = !set.power && step > 1;  // the pass takes r, else v
     Measures none;
     pass<false>(p, step % 2 == 0, cg ? p.yr : p.yv, none);
     __syncthreads();
+    const Direction to = control()->direction;
     double gram[6] = {};
 #pragma unroll 1
     for (int64 i = threadIdx.x; i < p.rows; i += THREADS) {
@@ -849,9 +858,7 @@ __device__ __forceinline__ void run(Team& team, Work& p, const Settings& set, co
         top[i] = static_cast<C>(ritz[i]);
         move[i] = static_cast<C>(ritz[3 + i]);
       }
-      const double a = top[0], b = top[1], c = top[2];
-      theta = a * a * gram[0] + b * b * gram[3] + c * c * gram[5] +
-              2.0 * (a * b * gram[1] + a * c * gram[2] + b * c * gram[4]);
+      theta = ritz[6];
 #pragma unroll 1
       for (int64 i = threadIdx.x; i < p.rows; i += THREADS) {
         const C v = p.yv[i], r = p.yr[i], s = p.ys[i];
@@ -887,12 +894,12 @@ __device__ __forceinline__ void run(Team& team, Work& p, const Settings& set, co
     residual = theta > 0.0 ? sqrt(dots[0]) / theta : 0.0;
     if (step == set.max_steps || (set.tol > 0.0 && residual <= set.tol)) break;
     if (!set.power) {
-      to = orthonormalise(team, p, dots);
+      next = orthonormalise(team, p, dots);
     } else if (dots[1] > 0.0) {
-      to.factor = 1.0 / sqrt(dots[1]);
+      next.factor = 1.0 / sqrt(dots[1]);
 #pragma unroll 1
       for (int64 j = threadIdx.x; j < p.count; j += THREADS)
-        p.v[j] = static_cast<C>(p.zv[j] * to.factor);
+        p.v[j] = static_cast<C>(p.zv[j] * next.factor);
     }
   }
 
@@ -917,7 +924,7 @@ __device__ __forceinline__ void run(Team& team, Work& p, const Settings& set, co
     const double scale = static_cast<double>(p.down) * static_cast<double>(p.up);
     out.sigma[at] = image / length / scale;
     out.residual[at] = residual;
-    out.upper[at] = upper;
+    out.upper[at] = p.upper;
     out.steps[at] = step;
     out.converged[at] = residual <= set.tol;
   }
@@ -1011,6 +1018,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
       Team team = all;
       team.size = p.size;
       team.counter = counters + index;
+      team.target = 0;
       if (p.mode() == kOnChip) {
         copy_rows(p, 0, p.rows, p.ring(0));
         commit_copies();

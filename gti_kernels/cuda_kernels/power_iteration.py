@@ -21,21 +21,22 @@ from .runtime import kernel, launch
 STEM = ENTRY = "power_iteration"
 ELEMENT = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 BLOCK, CLUSTER, GRID = 0, 1, 2  # what a team is
-THREADS = {BLOCK: 256, CLUSTER: 256, GRID: 512}
+THREADS = 256  # of a block, in every class
 ON_CHIP, STAGED, WIDE = 0, 1, 2  # where W is read from
 
 #: Numbers of a row of the kernel's table: address, m, n, number of the matrix in the call, places in
-#: u and in v, blocks, mode, rows of a panel, panels in the ring.
+#: u and in v; blocks, mode, rows of a panel, panels in the ring.
+COLUMNS = 10
 SLOT_BYTES = 128  # of a block of a grid, for its sums
 
 
 def specialisation(dtype: torch.dtype, team: int) -> Specialisation:
     """The kernel for weights of a dtype and one kind of team."""
-    defines = (("ELEMENT", ELEMENT[dtype]), ("TEAM", team), ("THREADS", THREADS[team]))
+    defines = (("ELEMENT", ELEMENT[dtype]), ("TEAM", team), ("THREADS", THREADS))
     return Specialisation(ENTRY, defines, 90 if team == CLUSTER else 80)
 
 
-SPECIALISATIONS = tuple(specialisation(dtype, team) for dtype in ELEMENT for team in THREADS)
+SPECIALISATIONS = tuple(specialisation(dtype, team) for dtype in ELEMENT for team in (BLOCK, CLUSTER, GRID))
 
 
 class Limits(NamedTuple):
@@ -151,9 +152,9 @@ def _one_dtype(
         launch(
             compiled,
             one.grid,
-            THREADS[one.team],
+            THREADS,
             [
-                table[done : done + count],  # type: ignore[index]
+                table[COLUMNS * done : COLUMNS * (done + count)],  # type: ignore[index]
                 *(count, one.size, power, max_steps, tol, seed, v0),
                 *(memory, one.team_bytes, one.x_bytes, one.region_bytes, counters),
                 *(u, v, *out),
@@ -262,13 +263,13 @@ class _Sizes(NamedTuple):
     rows: int  # of a block at most
 
 
-def _sizes(m: int, n: int, dtype: torch.dtype, team: int, size: int) -> _Sizes:
+def _sizes(m: int, n: int, dtype: torch.dtype, size: int) -> _Sizes:
     chunk = 16 // dtype.itemsize
     chunks = -(-n // chunk)
-    positions = min(THREADS[team], 1 << (chunks - 1).bit_length())
+    positions = min(THREADS, 1 << (chunks - 1).bit_length())
     rows = -(-m // size)
     vectors = (5 * _width(n, dtype, size) + 3 * rows) * compute_dtype(dtype).itemsize
-    return _Sizes(chunks * chunk, THREADS[team] // positions, -(-vectors // 16) * 16, rows)
+    return _Sizes(chunks * chunk, THREADS // positions, -(-vectors // 16) * 16, rows)
 
 
 def _width(n: int, dtype: torch.dtype, size: int) -> int:
@@ -277,16 +278,16 @@ def _width(n: int, dtype: torch.dtype, size: int) -> int:
     return -(-(-(-n // chunk) * chunk) // size // 8) * 8
 
 
-def _control_bytes(team: int) -> int:
-    return 1024 + 16 * THREADS[team]
+def _control_bytes() -> int:
+    return 1024 + 16 * THREADS
 
 
 def _before_w(m: int, n: int, dtype: torch.dtype, team: int, size: int) -> int:
     """Bytes of shared memory in front of W."""
-    s = _sizes(m, n, dtype, team, size)
+    s = _sizes(m, n, dtype, size)
     slice_ = 0 if team == GRID else _width(n, dtype, size)
     elements = slice_ + (1 + s.groups) * s.padded
-    return _control_bytes(team) + s.vectors + elements * compute_dtype(dtype).itemsize
+    return _control_bytes() + s.vectors + elements * compute_dtype(dtype).itemsize
 
 
 def _shown(n: int, dtype: torch.dtype) -> int:
@@ -298,7 +299,7 @@ def _shown(n: int, dtype: torch.dtype) -> int:
 def _on_chip(
     m: int, n: int, dtype: torch.dtype, team: int, size: int, limits: Limits
 ) -> Place | None:
-    s = _sizes(m, n, dtype, team, size)
+    s = _sizes(m, n, dtype, size)
     needed = _before_w(m, n, dtype, team, size) + s.rows * s.padded * dtype.itemsize
     if needed > limits.shared_bytes:
         return None
@@ -306,7 +307,7 @@ def _on_chip(
 
 
 def _staged(m: int, n: int, dtype: torch.dtype, size: int, limits: Limits) -> Place | None:
-    s = _sizes(m, n, dtype, GRID, size)
+    s = _sizes(m, n, dtype, size)
     before = _before_w(m, n, dtype, GRID, size)
     for least in (3, 2):
         for rows in (8, 4, 2, 1):
@@ -319,9 +320,9 @@ def _staged(m: int, n: int, dtype: torch.dtype, size: int, limits: Limits) -> Pl
 
 
 def _wide(m: int, n: int, dtype: torch.dtype, size: int) -> Place:
-    s = _sizes(m, n, dtype, GRID, size)
+    s = _sizes(m, n, dtype, size)
     region = SLOT_BYTES + s.groups * s.padded * compute_dtype(dtype).itemsize + s.vectors
-    return Place(size, WIDE, 0, 0, _control_bytes(GRID), region)
+    return Place(size, WIDE, 0, 0, _control_bytes(), region)
 
 
 @lru_cache
@@ -333,5 +334,5 @@ def limits(device: torch.device) -> Limits:
     if properties.major >= 9:
         needed = specialisation(torch.float32, CLUSTER)
         compiled = kernel(STEM, needed.entry, needed.defines, device)
-        cluster = compiled.largest_cluster(THREADS[CLUSTER], shared)
+        cluster = compiled.largest_cluster(THREADS, shared)
     return Limits(shared, properties.multi_processor_count, cluster)

@@ -67,7 +67,7 @@ def build(text: str, entry: str, defines: tuple[tuple[str, Any], ...]) -> Any:
     folder = Path(tempfile.mkdtemp(dir=_folder.name))
     source, code, library = folder / "source.cu", folder / "driver.o", folder / "driver.so"
     source.write_text(text, encoding="utf-8")
-    command = ["g++", "-std=c++20", "-O1", "-fPIC", "-fsanitize=alignment", "-Wno-unknown-pragmas"]
+    command = ["g++", "-std=c++20", "-Og", "-fPIC", "-fsanitize=alignment", "-Wno-unknown-pragmas"]
     command += [f'-DSOURCE="{source}"', f"-DENTRY={entry}", *(f"-D{k}={v}" for k, v in defines)]
     # Linked apart: the library of the sanitizer is not needed.
     for line in ([*command, "-c", str(HERE / "driver.cpp"), "-o", str(code)],

@@ -5,16 +5,11 @@
 // that are missing, where the order shows. It does not know the memory model: no proof against races.
 #pragma once
 
+#include <string.h>
 #include <sys/mman.h>
 
-#include <algorithm>
-#include <cmath>
 #include <cstdint>
-#include <cstring>
-#include <deque>
-#include <memory>
-#include <random>
-#include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -27,6 +22,14 @@
 #define __global__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+
+// Not <cmath>: it takes as long to compile as a kernel.
+extern "C" {
+double sqrt(double) noexcept;
+double fabs(double) noexcept;
+float sqrtf(float) noexcept;
+float fabsf(float) noexcept;
+}
 
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
@@ -75,19 +78,19 @@ struct Fiber {
   const unsigned* waits_for = nullptr;  // to differ from `seen`
   unsigned seen = 0, shuffles = 0;
   bool done = false;
-  std::vector<Copy> copies;                 // since the last commit
-  std::deque<std::vector<Copy>> committed;  // done at the last moment a wait allows
+  std::vector<Copy> copies;                  // since the last commit
+  std::vector<std::vector<Copy>> committed;  // done at the last moment a wait allows
 };
 
 inline Fiber* current = nullptr;
 inline Fiber scheduler;
 inline Index grid, block_size;
 inline uint64_t progress = 0;  // what a waiting loop may be waiting for
-inline std::string error;
+inline const char* error = nullptr;
 inline constexpr size_t kStackBytes = 64 * 1024, kGuardBytes = 256;
 
 inline void fail(const char* what) {
-  if (error.empty()) error = what;
+  if (!error) error = what;
 }
 
 #if defined(__x86_64__)
@@ -152,9 +155,9 @@ T exchange(T value, int with) {
   const unsigned thread = current->thread.x, lane = thread % 32;
   Warp& warp = current->block->warps[thread / 32];
   auto& slots = warp.slots[current->shuffles++ % 2];
-  std::memcpy(&slots[lane], &value, sizeof(T));
+  memcpy(&slots[lane], &value, sizeof(T));
   warp.barrier.wait();
-  std::memcpy(&value, &slots[with], sizeof(T));
+  memcpy(&value, &slots[with], sizeof(T));
   return value;
 }
 
@@ -171,11 +174,14 @@ inline void fiber_main() {
 inline void run(std::vector<Fiber>& fibers, int order) {
   std::vector<size_t> turn(fibers.size());
   for (size_t i = 0; i < turn.size(); ++i) turn[i] = order == 1 ? turn.size() - 1 - i : i;
-  std::minstd_rand random(static_cast<unsigned>(order));
+  uint64_t random = static_cast<uint64_t>(order);
   size_t left = fibers.size();
   for (int idle = 0; left > 0 && idle < 100;) {
     const uint64_t before = progress;
-    if (order > 1) std::shuffle(turn.begin(), turn.end(), random);
+    for (size_t i = turn.size() - 1; order > 1 && i > 0; --i) {
+      random = random * 6364136223846793005u + 1442695040888963407u;
+      std::swap(turn[i], turn[(random >> 33) % (i + 1)]);
+    }
     for (size_t i : turn) {
       Fiber& fiber = fibers[i];
       if (fiber.done || (fiber.waits_for && *fiber.waits_for == fiber.seen)) continue;
@@ -189,17 +195,17 @@ inline void run(std::vector<Fiber>& fibers, int order) {
   if (left > 0) fail("deadlock: threads wait for what never comes");
 }
 
-// One launch; `resident` blocks run at once, the others after them. Empty string or what went wrong.
+// One launch; `resident` blocks run at once, the others after them. Null or what went wrong.
 template <class... Args>
 const char* launch(void (*kernel)(Args...), unsigned blocks, unsigned threads, unsigned cluster,
                    size_t shared_bytes, unsigned resident, int order, const uint64_t* words) {
-  error.clear();
+  error = nullptr;
   grid = {blocks, 1, 1};
   block_size = {threads, 1, 1};
   const auto call = [&]<size_t... I>(std::index_sequence<I...>) {
     const auto as = [&]<class T>(uint64_t word, T* out) {
       static_assert(sizeof(T) == 8, "parameters are 8 bytes each");
-      std::memcpy(out, &word, 8);
+      memcpy(out, &word, 8);
       return *out;
     };
     std::tuple<Args...> args;
@@ -212,8 +218,8 @@ const char* launch(void (*kernel)(Args...), unsigned blocks, unsigned threads, u
 
   const size_t stacks = static_cast<size_t>(resident) * threads * kStackBytes;
   void* stack = mmap(nullptr, stacks, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  for (unsigned first = 0; first < blocks && error.empty(); first += resident) {
-    const unsigned here = std::min(resident, blocks - first);
+  for (unsigned first = 0; first < blocks && !error; first += resident) {
+    const unsigned here = blocks - first < resident ? blocks - first : resident;
     std::vector<Block> all(here);
     std::vector<Barrier> clusters(here);
     std::vector<Fiber> fibers(static_cast<size_t>(here) * threads);
@@ -238,16 +244,13 @@ const char* launch(void (*kernel)(Args...), unsigned blocks, unsigned threads, u
       }
     }
     run(fibers, order);
-    for (const Block& block : all) {
-      const unsigned char* end = block.memory.data() + block.memory.size();
-      const auto untouched = [](unsigned char x) { return x == 0xff; };
-      if (!std::all_of(block.memory.data(), const_cast<const unsigned char*>(block.shared), untouched) ||
-          !std::all_of(block.shared + shared_bytes, const_cast<unsigned char*>(end), untouched))
-        fail("a write outside of shared memory");
-    }
+    for (const Block& block : all)
+      for (const unsigned char& x : block.memory)
+        if ((&x < block.shared || &x >= block.shared + shared_bytes) && x != 0xff)
+          fail("a write outside of shared memory");
   }
   munmap(stack, stacks);
-  return error.c_str();
+  return error;
 }
 
 }  // namespace emulation
@@ -266,7 +269,7 @@ template <class To, class From>
 To emulation_bits(From x) {
   static_assert(sizeof(To) == sizeof(From));
   To out;
-  std::memcpy(&out, &x, sizeof(out));
+  memcpy(&out, &x, sizeof(out));
   return out;
 }
 inline float __uint_as_float(unsigned x) { return emulation_bits<float>(x); }
@@ -281,9 +284,9 @@ inline double __hiloint2double(int high, int low) {
 inline unsigned char* shared_memory() { return emulation::current->block->shared; }
 inline float half_to_float(unsigned short bits) {
   const unsigned exponent = bits >> 10 & 31, fraction = bits & 1023;
-  const float size = exponent == 31  ? (fraction ? NAN : INFINITY)
-                     : exponent == 0 ? std::ldexp(static_cast<float>(fraction), -24)
-                                     : std::ldexp(static_cast<float>(fraction + 1024), static_cast<int>(exponent) - 25);
+  const float size = exponent == 31  ? (fraction ? __builtin_nanf("") : __builtin_inff())
+                     : exponent == 0 ? __builtin_ldexpf(static_cast<float>(fraction), -24)
+                                     : __builtin_ldexpf(static_cast<float>(fraction + 1024), static_cast<int>(exponent) - 25);
   return bits >> 15 ? -size : size;
 }
 inline void copy_async(void* to, const void* from) {
@@ -298,8 +301,8 @@ template <int kPending>
 void wait_for_copies() {
   auto& groups = emulation::current->committed;
   while (groups.size() > kPending) {
-    for (const auto& copy : groups.front()) std::memcpy(copy.to, copy.from, 16);
-    groups.pop_front();
+    for (const auto& copy : groups.front()) memcpy(copy.to, copy.from, 16);
+    groups.erase(groups.begin());
   }
 }
 inline void arrive(unsigned* counter) {
