@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cuda_sources import AXPY
 
 from gti_kernels import backends
 from gti_kernels.cuda_kernels import __main__, compiler, runtime
@@ -22,37 +23,6 @@ from gti_kernels.cuda_kernels.compiler import Resources, Specialisation
 from gti_kernels.rows import BUILT
 
 TREE = Path(__file__).parent.parent
-AXPY = """
-extern "C" __global__ void axpy(REAL a, const REAL* x, REAL* y, long long n) {
-  const long long i = blockIdx.x * static_cast<long long>(blockDim.x) + threadIdx.x;
-  if (i < n) y[i] += a * x[i];
-}
-
-extern "C" __global__ void stack(const int* at, REAL* x, int n) {
-  REAL local[64];  // indexed at run time, so it cannot stay in registers
-  for (int i = 0; i < n; ++i) local[at[i] & 63] = x[i];
-  for (int i = 0; i < n; ++i) x[i] = local[at[n + i] & 63];
-}
-
-extern "C" __global__ void __launch_bounds__(1024) spill(REAL* x, int n) {
-  REAL a[96];  // all are needed to the end, and of 1024 threads each has at most 64 registers
-#pragma unroll
-  for (int i = 0; i < 96; ++i) a[i] = x[i * 1024 + threadIdx.x];
-  for (int k = 0; k < n; ++k) {
-#pragma unroll
-    for (int i = 0; i < 96; ++i) a[i] = a[i] * a[(i + 37) % 96] + 1;
-  }
-#pragma unroll
-  for (int i = 0; i < 96; ++i) x[i * 1024 + threadIdx.x] = a[i];
-}
-
-#if __CUDA_ARCH__ >= 900
-extern "C" __global__ void cluster(int* x) {
-  asm volatile("barrier.cluster.arrive;\\nbarrier.cluster.wait;" ::: "memory");
-  x[blockIdx.x] = 1;
-}
-#endif
-"""
 FLOAT = (("REAL", "float"),)
 
 
@@ -138,10 +108,10 @@ ptxas info    : Used 40 registers, used 1 barriers, 64 bytes cumulative stack si
 
 @needs_nvrtc
 def test_errors_name_source_kernel_and_architecture(axpy):
-    with pytest.raises(RuntimeError, match=r"axpy.cu does not compile: axpy for sm_90a.*REAL"):
+    with pytest.raises(RuntimeError, match=r"(?s)axpy.cu does not compile: axpy for sm_90a.*REAL"):
         compiler.cubin("axpy", "axpy", (), "90a")
     with pytest.raises(
-        RuntimeError, match=r"axpy.cu does not compile: nothing REAL=float .*nothing"
+        RuntimeError, match=r"(?s)axpy.cu does not compile: nothing REAL=float .*nothing"
     ):
         compiler.cubin("axpy", "nothing", FLOAT, "90a")
     with pytest.raises(FileNotFoundError, match=r"no CUDA source other.cu"):

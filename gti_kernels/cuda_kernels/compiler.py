@@ -134,8 +134,8 @@ def build(text: str, stem: str, entry: str, defines: Defines, arch: str) -> Cubi
     try:
         code = core.Program(text, "c++", options).compile("cubin", logs=log).code
     except Exception as error:
-        what = Specialisation(entry, defines)
-        raise RuntimeError(f"{stem}.cu does not compile: {what} for sm_{arch}: {error}") from error
+        what, why = Specialisation(entry, defines), str(error).rstrip("\0\n ")
+        raise RuntimeError(f"{stem}.cu does not compile: {what} for sm_{arch}: {why}") from error
     return Cubin(bytes(code), resources(log.getvalue()))
 
 
