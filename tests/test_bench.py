@@ -1,4 +1,4 @@
-"""The lines of the benchmark for a GPU: op and peers compute the same. Here on small CPU tensors."""
+"""The lines of the benchmark for a GPU: op and peers compute the same, here on small tensors."""
 
 from __future__ import annotations
 

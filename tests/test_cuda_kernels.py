@@ -83,6 +83,12 @@ def test_a_kernel_is_compiled_for_an_architecture(axpy, arch):
 
 
 @needs_nvrtc
+@pytest.mark.parametrize("entry", ["reverse", "everyone", "cluster"])
+def test_the_kernels_that_gpu_tests_launch_compile(axpy, entry):
+    assert compiler.cubin("axpy", entry, FLOAT, "90a").resources.stack == 0
+
+
+@needs_nvrtc
 def test_one_entry_is_compiled_alone(axpy):
     made = compiler.cubin("axpy", "axpy", FLOAT, "90a")
     assert b".text.axpy" in made.code and b".text.stack" not in made.code
