@@ -26,10 +26,10 @@ extern "C" __global__ void __launch_bounds__(1024) spill(REAL* x, int n) {
 
 // x reversed, through dynamic shared memory; one block.
 extern "C" __global__ void reverse(REAL* x, int n) {
-  extern __shared__ REAL all[];
-  for (int i = threadIdx.x; i < n; i += blockDim.x) all[i] = x[i];
+  extern __shared__ REAL copy[];
+  for (int i = threadIdx.x; i < n; i += blockDim.x) copy[i] = x[i];
   __syncthreads();
-  for (int i = threadIdx.x; i < n; i += blockDim.x) x[i] = all[n - 1 - i];
+  for (int i = threadIdx.x; i < n; i += blockDim.x) x[i] = copy[n - 1 - i];
 }
 
 // Every block waits for all: ends only if all run at once. seen[b] = number of blocks.
