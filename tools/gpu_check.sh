@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Every check that needs a GPU, in 8 minutes: builds the package in place, runs the GPU tests,
-# compute-sanitizer on small shapes, and the benchmark, whose results go to
+# Every check that needs a GPU, in 8 minutes: builds the package in place and its CUDA kernels, runs
+# the GPU tests, compute-sanitizer on small shapes, and the benchmark, whose results go to
 # benchmarks/results/<gpu>/. Nothing is downloaded: the Python that is there needs torch, triton,
-# setuptools, pybind11 and pytest, and for CUDA C++ cuda-core. Logs are in build/gpu-check/.
+# setuptools, pybind11, pytest and matplotlib, and for CUDA C++ cuda-core. Logs: build/gpu-check/.
 # Each step has a time limit, none hides a later one; the exit status is 1 if any failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -61,6 +61,11 @@ results=benchmarks/results/$gpu
 mkdir -p "$results"
 
 step build 80 "$python" setup.py -q build_ext --inplace
+arch=$("$python" -c '
+import torch
+from gti_kernels.cuda_kernels.compiler import architecture
+print(architecture(torch.cuda.get_device_capability()))')
+step precompile 70 "$python" -m gti_kernels.cuda_kernels precompile --arch "$arch"
 step doctor 30 "$python" -m gti_kernels.cli doctor
 step tests 140 "$python" -m pytest tests -m gpu -q -p no:cacheprovider
 step sanitizer 100 bash -c sanitize
