@@ -108,6 +108,8 @@ ptxas         .     48 bytes stack frame, 12 bytes spill stores, 20 bytes spill 
 ptxas info    : Used 40 registers, used 1 barriers, 64 bytes cumulative stack size, 400 bytes smem
 """
     assert compiler.resources(log) == Resources(40, 400, 32, 64)
+    log = log.replace(" 64 bytes cumulative stack size,", "")
+    assert compiler.resources(log) == Resources(40, 400, 32, 48)
     with pytest.raises(RuntimeError, match="no report"):
         compiler.resources("")
 
@@ -324,6 +326,16 @@ def test_check_fails_on_a_stack_frame_and_on_spills(axpy, monkeypatch, capsys, e
     compilers = 2 if shutil.which("nvcc") else 1
     assert sum(line.endswith("FAILED") for line in lines) == compilers
     assert lines[-1] == f"{compilers} failed"
+
+
+@pytest.mark.parametrize("spills, stack, good", [(0, 0, True), (4, 0, False), (0, 8, False)])
+def test_spills_and_stack_each_fail_under_check_only(spills, stack, good):
+    def compile_one(*job):
+        return Resources(32, 0, spills, stack)
+
+    job = ("axpy", Specialisation("axpy"), "80")
+    assert [fine for _, fine in __main__._lines("x", compile_one, [job], True)] == [good]
+    assert [fine for _, fine in __main__._lines("x", compile_one, [job], False)] == [True]
 
 
 @needs_nvrtc
