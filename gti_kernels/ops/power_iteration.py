@@ -59,7 +59,7 @@ def power_iteration(
             passes.
         start: an earlier result for weights of the same shapes; its v is where the iteration
             begins. Otherwise v is random from `seed` and the number of the matrix.
-        backend: "auto", "reference", "cpu" or "triton" (the last two for k = 1); see
+        backend: "auto", "reference", "cpu", "triton" or "cuda" (the last three for k = 1); see
             `gti_kernels.explain`.
 
     Returns:
@@ -216,7 +216,7 @@ def limits_of_power_iteration(
                 f"weights[{i}], got {k!r}"
             )
     reason = "it finds one triple a matrix, k = 1" if k > 1 else subclasses(weights=ws)
-    return ws[0].device, {} if reason is None else {"cpu": reason, "triton": reason}
+    return ws[0].device, {} if reason is None else dict.fromkeys(("cpu", "triton", "cuda"), reason)
 
 
 def _power_iteration(
@@ -247,6 +247,10 @@ def _power_iteration(
         from ..triton_kernels import power_iteration as triton
 
         out = triton.power_iteration(flat, *settings)
+    elif chosen == "cuda":
+        from ..cuda_kernels import power_iteration as cuda
+
+        out = cuda.power_iteration(flat, *settings)
     else:
         with torch.autocast(device.type, enabled=False):
             out = reference.power_iteration(flat, *settings)
