@@ -32,8 +32,8 @@ SOURCE = (SOURCES / "power_iteration.cu").read_text(encoding="utf-8")
 
 @pytest.fixture
 def emulated(monkeypatch):
-    """emulated(kind or None, order, text, shared_bytes): the backend "cuda" runs in the emulation, with
-    every matrix in one class, or where the plan puts it."""
+    """emulated(kind or None, order, text, shared_bytes): the backend "cuda" runs in the emulation,
+    with every matrix in one class, or where the plan puts it."""
 
     def use(kind=None, order=0, text=None, shared_bytes=None) -> Emulator:
         emulator = Emulator(order, text)
@@ -128,9 +128,7 @@ def test_every_ring_of_panels(emulated, monkeypatch, rows, stages):
     monkeypatch.setattr(cuda, "_choose", choose)
     ws = [normal(m, n, torch.bfloat16, m) for m, n in ((90, 600), (131, 132), (3, 520))]
     got = run(ws, max_steps=6, tol=0.0)
-    exact = gti.power_iteration(
-        [w.double() for w in ws], max_steps=6, tol=0.0, backend="reference"
-    )
+    exact = gti.power_iteration([w.double() for w in ws], max_steps=6, tol=0.0, backend="reference")
     assert torch.allclose(got.sigma.double(), exact.sigma, rtol=1e-5, atol=0)
     for a, b in zip((*got.u, *got.v), (*exact.u, *exact.v), strict=True):
         assert torch.allclose(a.double(), b, rtol=0, atol=1e-4)
@@ -193,7 +191,8 @@ def test_tol_zero_means_max_steps(emulated, kind):
 @every_class
 def test_upper_is_the_lesser_of_two_bounds(emulated, kind):
     emulated(kind)
-    ws = [torch.eye(40), normal(40, 30)]  # of the first ‖W‖₁‖W‖_∞ is less, of the second ‖W‖_F
+    # Of the first ‖W‖₁‖W‖_∞ is less, of the second, of rank 1, ‖W‖_F.
+    ws = [torch.eye(40), normal(40, 1) @ normal(1, 30, seed=1)]
     r = run(ws, max_steps=1)
     frobenius = torch.linalg.matrix_norm(ws[1].double())
     assert 1.0 <= r.upper[0] < 1.0001
@@ -317,7 +316,7 @@ MISSING = {
 def test_the_emulation_finds_what_is_missing(emulated, name):
     kind, text = MISSING[name]
     assert text != SOURCE
-    ws = [normal(90, 264, torch.bfloat16)]
+    ws = [normal(90, 264, torch.bfloat16), normal(90, 40, torch.bfloat16)]
     results = set()
     for order in (0, 1, 7):
         emulated(kind, order)

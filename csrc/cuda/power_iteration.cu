@@ -1,8 +1,8 @@
-// Largest singular triple (σ, u, v) of every matrix of a list: one launch for all matrices of a team
-// size and for all steps. Each matrix stops on its own; the host is never asked.
+// Largest singular triple (σ, u, v) of every matrix of a list: one launch for all matrices of a
+// team size and for all steps. Each matrix stops on its own; the host is never asked.
 //
-// A matrix W [m, n] is owned by a team of `size` blocks: each has a range of rows, and of all vectors
-// of length n a slice of columns. A step is
+// A matrix W [m, n] is owned by a team of `size` blocks: each has a range of rows, and of all
+// vectors of length n a slice of columns. A step is
 //
 //   pass     y = W_r x, z += W_rᵀ y: every row is read once; z is the block's share of Wᵀ W x
 //   reduce   dot products of the images; with it, the shares of z become readable
@@ -12,7 +12,8 @@
 // so a step needs two barriers of the team (one or two more where the residual has drowned in
 // rounding). Every sum has a fixed order and nothing is added atomically: same input, same bits.
 //
-// Classes, by the macro TEAM and the mode of an item; bytes that a step must move and what bounds it:
+// Classes, by the macro TEAM and the mode of an item; bytes that a step must move and what bounds
+// it:
 //
 //   TEAM 0, on chip      a block a matrix. W and all vectors in shared memory: no device memory at
 //                        all. Bound by two sweeps over the W in shared memory at 128 bytes a clock
@@ -22,13 +23,16 @@
 //                        Bound by the latency of two cluster barriers for small slices.
 //   TEAM 2, on chip      many blocks a matrix, W in their shared memory; shares and slices go
 //                        through L2: 3·n·sizeof(C) a block. Bound by two barriers in L2 (a few µs).
-//   TEAM 2, staged       W streams through a ring in shared memory: m·n·sizeof(T) bytes from L2 where
-//                        the matrix stays there, else from device memory, whose bandwidth is the bound.
-//   TEAM 2, wide         not even a row fits: a panel of rows is read twice, the second time from L1
+//   TEAM 2, staged       W streams through a ring in shared memory: m·n·sizeof(T) bytes from L2
+//   where
+//                        the matrix stays there, else from device memory, whose bandwidth is the
+//                        bound.
+//   TEAM 2, wide         not even a row fits: a panel of rows is read twice, the second time from
+//   L1
 //                        or L2. Bound by L2, about half the bandwidth of the staged mode.
 //
-// Once per matrix comes a sweep that measures W (its norms, whether it is finite, its scale): as many
-// bytes as a step. On chip, the only read of device memory is that W is loaded once.
+// Once per matrix comes a sweep that measures W (its norms, whether it is finite, its scale): as
+// many bytes as a step. On chip, the only read of device memory is that W is loaded once.
 //
 // Self-contained: compiles with nvcc, with NVRTC and, with the header of the tests, with g++.
 //
@@ -91,7 +95,9 @@ __device__ __forceinline__ void copy_async(void* to, const void* from) {
   const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
 }
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void commit_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
 template <int kPending>
 __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
@@ -200,8 +206,8 @@ __device__ __forceinline__ double power_of_two(int e) {
 // Element e of the random start vector of a matrix: uniform on (−1, 1), exact in fp32; the
 // splitmix64 finaliser of seed, matrix number and e.
 __device__ __forceinline__ float start_element(uint64 seed, uint64 matrix, uint64 e) {
-  uint64 x = seed * 0x9E3779B97F4A7C15u + matrix * 0xD1342543DE82EF95u +
-             (e + 1) * 0x94D049BB133111EBu;
+  uint64 x =
+      seed * 0x9E3779B97F4A7C15u + matrix * 0xD1342543DE82EF95u + (e + 1) * 0x94D049BB133111EBu;
   x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9u;
   x = (x ^ (x >> 27)) * 0x94D049BB133111EBu;
   x = x ^ (x >> 31);
@@ -211,8 +217,8 @@ __device__ __forceinline__ float start_element(uint64 seed, uint64 matrix, uint6
 // The unit eigenvector of the largest eigenvalue of a symmetric 3 x 3 matrix, by Jacobi rotations.
 // A rotation need not have the exact angle, but must be one: the tangent is computed in fp32, which
 // is several times as fast, its cosine and sine in fp64.
-__device__ __forceinline__ void rotate(double& app, double& aqq, double& apq, double& arp, double& arq,
-                                       double (&p)[3], double (&q)[3]) {
+__device__ __forceinline__ void rotate(double& app, double& aqq, double& apq, double& arp,
+                                       double& arq, double (&p)[3], double (&q)[3]) {
   if (apq == 0.0) return;
   const float difference = static_cast<float>(aqq - app), twice = static_cast<float>(2.0 * apq);
   const float length = sqrtf(difference * difference + twice * twice);
@@ -268,15 +274,15 @@ struct Work {
   C down, up;             // powers of two; up · down · W has a safe size
   double upper;           // ≥ ‖W‖₂
 
-  // Vectors of length np: x as the pass takes it and z [groups, np], whose sum over groups is what the
-  // block shows to the team as its share. Unless wide they are in shared memory, at x_at and z_at, as
-  // is W [rows, np] or the ring of its panels.
+  // Vectors of length np: x as the pass takes it and z [groups, np], whose sum over groups is what
+  // the block shows to the team as its share. Unless wide they are in shared memory, at x_at and
+  // z_at, as is W [rows, np] or the ring of its panels.
   C *x, *z, *share;
   int x_at, z_at, ring_at;
 
-  // The block's slice of every vector of length n, and its rows of every vector of length m: v is the
-  // estimate, r and s span the search space beside it, z· = Wᵀ W · and y· = W ·. r alone needs a pass,
-  // the images of v and s follow by linearity.
+  // The block's slice of every vector of length n, and its rows of every vector of length m: v is
+  // the estimate, r and s span the search space beside it, z· = Wᵀ W · and y· = W ·. r alone needs
+  // a pass, the images of v and s follow by linearity.
   int64 first, count, width;
   C *v, *r, *s, *zv, *zs;  // [width], zero from count on
   C *yv, *yr, *ys;         // [rows]
@@ -320,13 +326,13 @@ __device__ __forceinline__ Element* Work::ring(int64 row) const {
 [[maybe_unused]] constexpr int64 kSlotBytes = 2 * 8 * sizeof(double);
 
 struct Team {
-  int rank, size;          // of the blocks that work on the matrix
-  unsigned char* memory;   // TEAM 2: x [slices] of the team, then a region for each block
+  int rank, size;         // of the blocks that work on the matrix
+  unsigned char* memory;  // TEAM 2: x [slices] of the team, then a region for each block
   int64 x_bytes, region_bytes;
-  unsigned* counter;       // TEAM 2: of arrivals
-  unsigned target = 0;     // at the last barrier
-  unsigned parity = 0;     // of the number of reductions: what is read after one barrier is not
-                           // written before the next
+  unsigned* counter;    // TEAM 2: of arrivals
+  unsigned target = 0;  // at the last barrier
+  unsigned parity = 0;  // of the number of reductions: what is read after one barrier is not
+                        // written before the next
 
   __device__ __forceinline__ unsigned char* region(int of) const {
     return memory + x_bytes + of * region_bytes;
@@ -381,8 +387,7 @@ struct Team {
     parity ^= 1;
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-      for (int o = 16; o > 0; o /= 2)
-        value[k] = join(value[k], __shfl_xor_sync(kAll, value[k], o));
+      for (int o = 16; o > 0; o /= 2) value[k] = join(value[k], __shfl_xor_sync(kAll, value[k], o));
       if (lane == 0) c->parts[parity][warp][k] = value[k];
     }
     __syncthreads();
@@ -402,8 +407,7 @@ struct Team {
     barrier();
     for (int k = warp; k < K; k += kWarps) {
       double total = lane < size ? slots(lane)[parity * 8 + k] : 0.0;  // no maximum is negative
-      for (int of = lane + 32; of < size; of += 32)
-        total = join(total, slots(of)[parity * 8 + k]);
+      for (int of = lane + 32; of < size; of += 32) total = join(total, slots(of)[parity * 8 + k]);
       for (int o = 16; o > 0; o /= 2) total = join(total, __shfl_xor_sync(kAll, total, o));
       if (lane == 0) c->totals[parity][k] = total;
     }
@@ -449,8 +453,8 @@ __device__ __forceinline__ void load_chunk(const Element* row, int chunk, int64 
 }
 
 // R rows for each group of threads, from w on, `stride` apart, of which `rows` in all exist:
-// y = up · W x and z += Wᵀ (down · y). With kMeasure, |W| in place of W and 1 in place of y, and the
-// sizes of up · down · W.
+// y = up · W x and z += Wᵀ (down · y). With kMeasure, |W| in place of W and 1 in place of y, and
+// the sizes of up · down · W.
 template <int R, Place kPlace, bool kMeasure>
 __device__ __forceinline__ void multiply(const Work& p, const Element* w, int64 stride, int64 rows,
                                          int parity, C* y, Measures& measures) {
@@ -458,7 +462,9 @@ __device__ __forceinline__ void multiply(const Work& p, const Element* w, int64 
             group = threadIdx.x / positions;
   const int64 n = kPlace == kGlobalUneven ? p.item.n : 0;
   const C down = p.down, up = p.up;
-  const int here = rows < group * R ? 0 : rows - group * R < R ? static_cast<int>(rows) - group * R : R;
+  const int here = rows < group * R       ? 0
+                   : rows - group * R < R ? static_cast<int>(rows) - group * R
+                                          : R;
   // Rows that are not there are read in the place of the first, and count for nothing.
   w += here > 0 ? group * R * stride : 0;
   const auto row = [&](int r) { return r < here ? w + r * stride : w; };
@@ -538,7 +544,8 @@ __device__ __forceinline__ void multiply(const Work& p, const Element* w, int64 
 }
 
 template <int R, bool kMeasure>
-__device__ __forceinline__ void staged_pass(const Work& p, bool backwards, C* y, Measures& measures) {
+__device__ __forceinline__ void staged_pass(const Work& p, bool backwards, C* y,
+                                            Measures& measures) {
   const int rows = p.groups * R, stages = static_cast<int>(p.item.stages);
   const int panels = static_cast<int>((p.rows + rows - 1) / rows);
   // Odd passes go backwards: what the last pass left in L2 comes first.
@@ -622,7 +629,8 @@ __device__ __forceinline__ void sum_shares(const Team& team, const Work& p, cons
   // A slice is narrow where the team is large: several threads share a column then.
   int width = 8;
   while (width < THREADS && width < p.count) width *= 2;
-  const int groups = THREADS / width, column = threadIdx.x & (width - 1), group = threadIdx.x / width;
+  const int groups = THREADS / width, column = threadIdx.x & (width - 1),
+            group = threadIdx.x / width;
   C* parts = control()->columns;
 #pragma unroll 1
   for (int64 begin = 0; begin < p.count; begin += width) {
@@ -680,8 +688,8 @@ __device__ __forceinline__ void gather(Team& team, const Work& p, double factor)
   __syncthreads();
 }
 
-// The norms of W, and a scale that keeps squares in the range of C. Returns false where W holds a NaN
-// or an infinity.
+// The norms of W, and a scale that keeps squares in the range of C. Returns false where W holds a
+// NaN or an infinity.
 __device__ __forceinline__ bool measure(Team& team, Work& p) {
   for (bool again = false;; again = true) {
     Measures measures;
@@ -703,7 +711,8 @@ __device__ __forceinline__ bool measure(Team& team, Work& p) {
       continue;
     }
     double column[1] = {0.0}, squares[1] = {measures.squares};
-    sum_shares(team, p, [&](int64, C sum) { column[0] = larger(column[0], static_cast<double>(sum)); });
+    sum_shares(team, p,
+               [&](int64, C sum) { column[0] = larger(column[0], static_cast<double>(sum)); });
     team.reduce<1, true>(column);
     team.reduce(squares);
     const double one_inf = sqrt(column[0]) * sqrt(most[0]), frobenius = sqrt(squares[0]);
@@ -744,8 +753,8 @@ __device__ __forceinline__ double begin(Team& team, const Work& p, const Setting
   return inverse;
 }
 
-// Coordinates of the new v and the new s in (v, r, s), and ‖W v‖² of the new v, from the Gram matrix
-// of their images: to control()->ritz.
+// Coordinates of the new v and the new s in (v, r, s), and ‖W v‖² of the new v, from the Gram
+// matrix of their images: to control()->ritz.
 __device__ __forceinline__ void rayleigh_ritz(const double (&gram)[6]) {
   double* ritz = control()->ritz;
   if (threadIdx.x == 0) {
@@ -766,9 +775,9 @@ __device__ __forceinline__ void rayleigh_ritz(const double (&gram)[6]) {
   __syncthreads();
 }
 
-// The residual of a Ritz vector is orthogonal to the space it came from, up to rounding. A small part
-// on v and s is taken off r and its images after the pass, by linearity; a large one now, twice at the
-// most. r is zero if nothing is left of it. dots: r with r, v, s.
+// The residual of a Ritz vector is orthogonal to the space it came from, up to rounding. A small
+// part on v and s is taken off r and its images after the pass, by linearity; a large one now,
+// twice at the most. r is zero if nothing is left of it. dots: r with r, v, s.
 __device__ __forceinline__ Direction orthonormalise(Team& team, const Work& p, double (&dots)[3]) {
   Direction to = {0.0, 0.0, 0.0, 0.0};
 #pragma unroll 1
@@ -914,8 +923,8 @@ __device__ __forceinline__ void run(Team& team, Work& p, const Settings& set, co
   const double image = sqrt(squares[0]), length = sqrt(squares[1]);
 #pragma unroll 1
   for (int64 i = threadIdx.x; i < p.rows; i += THREADS)
-    out.u[p.item.u + p.first_row + i] = image > 0.0 ? static_cast<C>(p.yv[i] / image)
-                                                    : static_cast<C>(p.first_row + i == 0);
+    out.u[p.item.u + p.first_row + i] =
+        image > 0.0 ? static_cast<C>(p.yv[i] / image) : static_cast<C>(p.first_row + i == 0);
 #pragma unroll 1
   for (int64 j = threadIdx.x; j < p.count && p.first + j < p.item.n; j += THREADS)
     out.v[p.item.v + p.first + j] = static_cast<C>(p.v[j] / length);
@@ -988,8 +997,9 @@ __device__ __forceinline__ void lay_out(const Team& team, const Item& item, Work
 // blocks, if size does not divide the grid, have nothing to do.
 //
 // Shared memory of a block: Control; slice [width] (unless TEAM 2); and unless wide: v, r, s and
-// images, x [np], z [groups, np], W. Device memory, TEAM 2: for each team x [width · blocks], then for
-// each block its slots, its share [np], and if wide: z [groups, np] in place of the share, vectors.
+// images, x [np], z [groups, np], W. Device memory, TEAM 2: for each team x [width · blocks], then
+// for each block its slots, its share [np], and if wide: z [groups, np] in place of the share,
+// vectors.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     power_iteration(const Item* items, int64 count, int64 size, int64 power, int64 max_steps,
                     double tol, int64 seed, const C* start, unsigned char* memory, int64 team_bytes,
@@ -999,7 +1009,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
                     unsigned char* converged) {
   const Settings set = {power != 0, max_steps, tol, static_cast<uint64>(seed), start};
   const Results out = {u, v, sigma, residual, upper, steps, converged};
-  const int teams = gridDim.x / static_cast<int>(size), number = blockIdx.x / static_cast<int>(size);
+  const int teams = gridDim.x / static_cast<int>(size),
+            number = blockIdx.x / static_cast<int>(size);
   if (number >= teams) return;
   Team all;  // from one matrix to the next
   all.rank = blockIdx.x - number * static_cast<int>(size);

@@ -36,7 +36,9 @@ def specialisation(dtype: torch.dtype, team: int) -> Specialisation:
     return Specialisation(ENTRY, defines, 90 if team == CLUSTER else 80)
 
 
-SPECIALISATIONS = tuple(specialisation(dtype, team) for dtype in ELEMENT for team in (BLOCK, CLUSTER, GRID))
+SPECIALISATIONS = tuple(
+    specialisation(dtype, team) for dtype in ELEMENT for team in (BLOCK, CLUSTER, GRID)
+)
 
 
 class Limits(NamedTuple):
@@ -208,9 +210,10 @@ def plan(
         _, matrices, places = zip(*sorted(members, key=lambda x: x[:2]), strict=True)
         most = max(len(members), 1) if team != GRID else min(len(members), limits.blocks // size)
         lengths = [n for batch, _, n in shapes for _ in range(batch)]
-        x_bytes = max(
-            p.size * _width(lengths[i], dtype, p.size) for i, p in zip(matrices, places)
-        ) * compute_dtype(dtype).itemsize
+        x_bytes = (
+            max(p.size * _width(lengths[i], dtype, p.size) for i, p in zip(matrices, places))
+            * compute_dtype(dtype).itemsize
+        )
         region_bytes = max(p.region_bytes for p in places)
         launches.append(
             Launch(

@@ -1,8 +1,9 @@
-// Runs a CUDA kernel on the CPU, thread by thread, to test its logic: what a source of csrc/cuda needs
-// of CUDA, for g++. A thread is a fiber with a stack of its own; at a barrier, a shuffle or in a wait
-// loop it hands over to the next. Finds wrong results, accesses outside of shared memory, misaligned
-// vectors, copies read too early, deadlocks; and, since the order of the fibers can be chosen, barriers
-// that are missing, where the order shows. It does not know the memory model: no proof against races.
+// Runs a CUDA kernel on the CPU, thread by thread, to test its logic: what a source of csrc/cuda
+// needs of CUDA, for g++. A thread is a fiber with a stack of its own; at a barrier, a shuffle or
+// in a wait loop it hands over to the next. Finds wrong results, accesses outside of shared memory,
+// misaligned vectors, copies read too early, deadlocks; and, since the order of the fibers can be
+// chosen, barriers that are missing, where the order shows. It does not know the memory model: no
+// proof against races.
 #pragma once
 
 #include <string.h>
@@ -286,7 +287,8 @@ inline float half_to_float(unsigned short bits) {
   const unsigned exponent = bits >> 10 & 31, fraction = bits & 1023;
   const float size = exponent == 31  ? (fraction ? __builtin_nanf("") : __builtin_inff())
                      : exponent == 0 ? __builtin_ldexpf(static_cast<float>(fraction), -24)
-                                     : __builtin_ldexpf(static_cast<float>(fraction + 1024), static_cast<int>(exponent) - 25);
+                                     : __builtin_ldexpf(static_cast<float>(fraction + 1024),
+                                                        static_cast<int>(exponent) - 25);
   return bits >> 15 ? -size : size;
 }
 inline void copy_async(void* to, const void* from) {
