@@ -1,8 +1,8 @@
 """Top singular triples in CUDA C++ (k = 1): one launch for all steps of the matrices of a class.
 
 The classes stand at the head of `csrc/cuda/power_iteration.cu`: a matrix belongs to one block, to a
-cluster or to many blocks of a cooperative launch, and its rows are in shared memory if they fit. The
-plan of a list of shapes says which; it is made once and kept.
+cluster or to many blocks of a cooperative launch, and its rows are in shared memory if they fit.
+The plan of a list of shapes says which; it is made once and kept.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ BLOCK, CLUSTER, GRID = 0, 1, 2  # what a team is
 THREADS = 256  # of a block, in every class
 ON_CHIP, STAGED, WIDE = 0, 1, 2  # where W is read from
 
-#: Numbers of a row of the kernel's table: address, m, n, number of the matrix in the call, places in
-#: u and in v; blocks, mode, rows of a panel, panels in the ring.
+#: Numbers of a row of the kernel's table: address, m, n, number of the matrix in the call, places
+#: in u and in v; blocks, mode, rows of a panel, panels in the ring.
 COLUMNS = 10
 SLOT_BYTES = 128  # of a block of a grid, for its sums
 
@@ -234,8 +234,8 @@ def plan(
 def _choose(m: int, n: int, dtype: torch.dtype, limits: Limits) -> tuple[int, int, Place]:
     """Kind and size of the team of a matrix [m, n], and its place there.
 
-    The smallest team in whose shared memory W fits: a block, a cluster, a quarter of the device (four
-    matrices at a time), the device. Else W streams through all of the device.
+    The smallest team in whose shared memory W fits: a block, a cluster, a quarter of the device
+    (four matrices at a time), the device. Else W streams through all of the device.
     """
     whole = _team_for(m, limits.blocks)
     teams = [(BLOCK, 1, 1)]

@@ -1,4 +1,4 @@
-"""Kernels of csrc/cuda, compiled with g++ and run on the CPU, in place of `cuda_kernels.runtime`."""
+"""Kernels of csrc/cuda, built with g++ and run on the CPU, in place of `cuda_kernels.runtime`."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ HERE = Path(__file__).parent
 SOURCES = HERE.parents[1] / "csrc" / "cuda"
 _folder = tempfile.TemporaryDirectory(prefix="cuda_emulation")
 
-#: Blocks that wait for each other run at once, all others one after the other.
 Order = int  #: 0: threads in the order of their numbers, 1: the other way round, more: shuffled
 
 
 class Emulator:
-    """`kernel` and `launch` as in gti_kernels.cuda_kernels.runtime, and how the threads take turns."""
+    """`kernel` and `launch` as in `runtime`. Blocks that wait for each other run at once, all others
+    one after the other."""
 
     def __init__(self, order: Order = 0, text: str | None = None) -> None:
         self.order = order
