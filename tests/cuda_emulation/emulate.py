@@ -21,7 +21,7 @@ Order = int  #: 0: threads in the order of their numbers, 1: the other way round
 
 
 class Emulator:
-    """`kernel` and `launch` as in `runtime`. Blocks that wait for each other run at once, all others
+    """`kernel` and `launch` as in `runtime`. Blocks that wait for each other run at once, others
     one after the other."""
 
     def __init__(self, order: Order = 0, text: str | None = None) -> None:
