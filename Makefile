@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench verify clean
+.PHONY: demo test lint bench verify cuda-check gpu-check clean
 
 demo: $(VENV)/installed
 	$(BIN)/gti certify --out certificate
@@ -24,10 +24,18 @@ bench: $(VENV)/installed
 verify: $(VENV)/installed
 	$(BIN)/gti verify
 
+# Compiles every CUDA C++ kernel, without a GPU; fails on spills or a stack frame.
+cuda-check: $(VENV)/installed
+	$(BIN)/python -m gti_kernels.cuda_kernels check --arch 80,90a,100
+
+# On a machine with a GPU, with the Python that is there; installs nothing.
+gpu-check:
+	PYTHON=$(PYTHON) tools/gpu_check.sh
+
 # Reinstalled when a source of the compiled part or the packaging changes.
 $(VENV)/installed: pyproject.toml setup.py constraints.txt $(wildcard csrc/include/gti/*.h csrc/cpu/* python/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[probes,test,lint]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cuda,probes,test,lint]'
 	touch $@
 
 clean:

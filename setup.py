@@ -2,9 +2,11 @@
 
 import glob
 import sys
+from pathlib import Path
 
 from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 ParallelCompile(default=0).install()
 
@@ -22,4 +24,18 @@ compiled = Pybind11Extension(
     optional=True,  # a failed build is a warning, `gti doctor` says what is missing
 )
 
-setup(ext_modules=[compiled])
+
+class WithCudaSources(build_py):
+    """The CUDA sources are compiled where they run, so they go into the package as they are. An
+    editable install finds them in the checkout."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            for source in glob.glob("csrc/cuda/*.cu"):
+                target = Path(self.build_lib, "gti_kernels", source)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                self.copy_file(source, str(target))
+
+
+setup(ext_modules=[compiled], cmdclass={"build_py": WithCudaSources})

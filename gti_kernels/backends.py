@@ -53,7 +53,7 @@ def available() -> dict[str, str | None]:
         "reference": None,
         "cpu": None if compiled is not None else _compiled_missing,
         "triton": _why_no_triton(),
-        "cuda": "no CUDA C++ kernel has been written yet",
+        "cuda": _why_no_cuda(),
     }
 
 
@@ -63,6 +63,14 @@ def _why_no_triton() -> str | None:
     if _interpreting() or torch.cuda.is_available():
         return None
     return "torch sees no CUDA device"
+
+
+def _why_no_cuda() -> str | None:
+    if not any(backend == "cuda" for _, backend in BUILT):
+        return "no CUDA C++ kernel has been written yet"
+    from .cuda_kernels import runtime
+
+    return runtime.why_not()
 
 
 def _interpreting() -> bool:
@@ -95,6 +103,8 @@ def obstacle(op: str, backend: str, device: torch.device, limits: dict[str, str]
     if missing is not None:
         return missing
     if backend == "cpu" and device.type != "cpu":
+        return f"the tensors are on {device}"
+    if backend == "cuda" and device.type != "cuda":
         return f"the tensors are on {device}"
     if backend == "triton" and device.type != "cuda" and not _interpreting():
         return f"the tensors are on {device}"
@@ -169,6 +179,12 @@ def build_info() -> dict[str, str]:
             info[name] = importlib.import_module(name).__version__
         except ImportError:
             info[name] = "missing"
+    from .cuda_kernels import compiler
+
+    try:
+        info["nvrtc"] = compiler.compiler_version()
+    except ImportError:
+        info["nvrtc"] = "missing"
     if torch.cuda.is_available():
         info["cuda device"] = torch.cuda.get_device_name()
     return info

@@ -8,14 +8,15 @@ same inputs. An op whose parity with the reference is red gets no time.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -69,6 +70,7 @@ class Case:
     bars: dict[str, float] = field(default_factory=dict)  #: peer → least ratio peer time / op time
     most_us: float = math.inf  #: host cost of one call, in microseconds
     calls: int = 1  #: calls in one timing
+    least_share: float = 0.0  #: of the bandwidth of the floor
 
 
 # ---- the cases ----------------------------------------------------------------------------------
@@ -131,15 +133,17 @@ def _power_batch(device: str, method: str) -> Work:
     )
 
 
-def _kick_drift(device: str) -> Work:
+def kick_drift(device: str, shapes: Sequence[tuple[int, ...]]) -> Work:
+    """kick_drift_ with kinetic energy over parameters of these shapes, fp32."""
+
     def tensors(seed: int) -> list[Tensor]:
-        generator = torch.Generator().manual_seed(seed)
-        return [torch.randn(s, generator=generator).to(device) for s in RESNET18_PARAMETERS]
+        generator = torch.Generator(device).manual_seed(seed)
+        return [torch.randn(s, generator=generator, device=device) for s in shapes]
 
     q, p, grad = tensors(0), tensors(1), tensors(2)
     mass = [
         min(8.0, max(0.125, torch.Size(s[1:]).numel() ** -0.5)) if len(s) > 1 else 1.0
-        for s in RESNET18_PARAMETERS
+        for s in shapes
     ]
     weight = torch.tensor(mass, device=device, dtype=torch.float64)
     h, damp = 1e-3, 0.999
@@ -176,10 +180,11 @@ def _kick_drift(device: str) -> Work:
     )
 
 
-def _two_form(device: str) -> Work:
-    generator = torch.Generator().manual_seed(0)
-    dq = torch.randn(4, 11_000_000, generator=generator).to(device)
-    dp = torch.randn(4, 11_000_000, generator=generator).to(device)
+def two_form(device: str, m: int, n: int) -> Work:
+    """two_form of m pairs of tangent vectors of length n, fp32."""
+    generator = torch.Generator(device).manual_seed(0)
+    dq = torch.randn(m, n, generator=generator, device=device)
+    dp = torch.randn(m, n, generator=generator, device=device)
 
     def naive(dq: Tensor, dp: Tensor) -> Tensor:
         return dq @ dp.T - dp @ dq.T
@@ -223,8 +228,20 @@ def _host(op: str, count: int) -> Callable[[str], Work]:
     return build
 
 
-def cases() -> list[Case]:
-    """The lines of the benchmark, in order. Bars are those the project holds itself to on a CPU."""
+def cases(device: str = "cpu", suite: str = "default") -> list[Case]:
+    """The lines of the benchmark, in order. The full suite adds what the project holds itself to on
+    a GPU; the bars of the other lines are those for a CPU."""
+    if device == "cpu":
+        return _cases()
+    without_bars = [replace(case, bars={}, most_us=math.inf) for case in _cases()]
+    if suite == "default":
+        return without_bars
+    from .bench_gpu import gpu_cases
+
+    return gpu_cases() + without_bars
+
+
+def _cases() -> list[Case]:
     resnet, batch = "21 matrices of ResNet-18", "[1024, 64, 64]"
     out = []
     for method in ("power", "cg"):
@@ -254,7 +271,7 @@ def cases() -> list[Case]:
             "with kinetic energy",
             "62 tensors of ResNet-18",
             "float32",
-            _kick_drift,
+            lambda device: kick_drift(device, RESNET18_PARAMETERS),
             {"_foreach": 2.0, "per-tensor loop": 2.0, "copy of the same bytes": 1 / 1.2},
         )
     )
@@ -264,7 +281,7 @@ def cases() -> list[Case]:
             "fp64 accumulation",
             "m = 4, N = 11 M",
             "float32",
-            _two_form,
+            lambda device: two_form(device, 4, 11_000_000),
             {"naive fp32": 2.0, "upcast to fp64": 8.0},
         )
     )
@@ -283,12 +300,19 @@ def cases() -> list[Case]:
 
 
 def _seconds(call: Call, calls: int, device: str) -> float:
-    begin = time.perf_counter()
+    if device != "cpu":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        begin.record()
+        for _ in range(calls):
+            call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) * 1e-3 / calls
+    start = time.perf_counter()
     for _ in range(calls):
         call()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return (time.perf_counter() - begin) / calls
+    return (time.perf_counter() - start) / calls
 
 
 def race(work: Work, rounds: int, calls: int, device: str) -> dict[str, list[float]]:
@@ -306,9 +330,9 @@ def race(work: Work, rounds: int, calls: int, device: str) -> dict[str, list[flo
 
 
 def bandwidth(device: str, rounds: int = 9) -> dict[str, float]:
-    """Bytes per second of this machine: reading 512 MiB once, and copying 256 MiB (both ways
-    counted)."""
-    x = torch.ones(128 * 2**20, device=device)
+    """Bytes per second of this machine: reading 512 MiB once (4 GiB on a GPU), and copying half of
+    that (both ways counted)."""
+    x = torch.ones((128 if device == "cpu" else 1024) * 2**20, device=device)
     half, target = x[: x.numel() // 2], torch.empty(x.numel() // 2, device=device)
     readers: list[Call] = [lambda: x.sum(), lambda: torch.dot(x, x), lambda: x.amax()]
     for call in readers:
@@ -330,14 +354,16 @@ class Result:
     shape: str
     dtype: str
     parity: bool
-    seconds: float | None
-    peers: dict[str, float]
-    ratios: dict[str, float]
     bars: dict[str, float]
     most_us: float | None
-    bytes_moved: int
-    floor: str
-    share_of_floor: float | None
+    least_share: float
+    seconds: float | None = None
+    peers: dict[str, float] = field(default_factory=dict)
+    ratios: dict[str, float] = field(default_factory=dict)
+    bytes_moved: int = 0
+    floor: str = "read"
+    share_of_floor: float | None = None
+    failure: str = ""  #: why there is no time
 
     @property
     def met(self) -> bool:
@@ -345,37 +371,54 @@ class Result:
         if not self.parity or self.seconds is None:
             return False
         cheap = self.most_us is None or self.seconds * 1e6 <= self.most_us
-        return cheap and all(self.ratios[peer] >= least for peer, least in self.bars.items())
+        fast = (self.share_of_floor or 0.0) >= self.least_share
+        return (
+            cheap and fast and all(self.ratios[peer] >= least for peer, least in self.bars.items())
+        )
+
+
+@functools.cache
+def _parity(op: str, dtype: str, device: str) -> bool:
+    return all(c.error <= c.bound for c in compare(op, dtype, "auto", device))
 
 
 def measure(case: Case, rounds: int, device: str) -> Result:
-    """Checks the op's parity, then times the case, and the bandwidth right after it."""
-    backend = "cpu" if device == "cpu" else "triton"
-    if gti.available()[backend] is not None:
-        backend = "reference"
-    parity = all(c.error <= c.bound for c in compare(case.op, case.dtype, backend, device))
-    most = None if math.isinf(case.most_us) else case.most_us
-    fixed = (case.op, case.name, case.shape, case.dtype, parity)
-    if not parity:
-        return Result(*fixed, None, {}, {}, case.bars, most, 0, "read", None)
-    work = case.build(device)
-    times = race(work, rounds, case.calls, device)
+    """Checks the op's parity, then times the case, and the bandwidth right after it. A case that
+    fails, for lack of memory say, is a result too: the others still count."""
+    result = Result(
+        case.op,
+        case.name,
+        case.shape,
+        case.dtype,
+        _parity(case.op, case.dtype, device),
+        case.bars,
+        None if math.isinf(case.most_us) else case.most_us,
+        case.least_share,
+    )
+    if not result.parity:
+        return replace(result, failure="parity is red")
+    try:
+        work = case.build(device)
+        if device != "cpu":  # compiling its peers for a GPU takes longer than all else
+            peers = {k: v for k, v in work.peers.items() if not k.startswith("compiled")}
+            work = replace(work, peers=peers)
+        times = race(work, rounds, case.calls, device)
+    except (RuntimeError, ValueError) as error:
+        return replace(result, failure=f"{type(error).__name__}: {error}")
     own = statistics.median(times["gti"])
     speed = bandwidth(device, rounds=5)[work.floor] if work.bytes_moved else math.inf
-    return Result(
-        *fixed,
-        own,
-        {name: statistics.median(t) for name, t in times.items() if name != "gti"},
-        {
+    others = {name: t for name, t in times.items() if name != "gti"}
+    return replace(
+        result,
+        seconds=own,
+        peers={name: statistics.median(t) for name, t in others.items()},
+        ratios={
             name: statistics.median(b / a for a, b in zip(times["gti"], t))
-            for name, t in times.items()
-            if name != "gti"
+            for name, t in others.items()
         },
-        case.bars,
-        most,
-        work.bytes_moved,
-        work.floor,
-        work.bytes_moved / speed / own if work.bytes_moved else None,
+        bytes_moved=work.bytes_moved,
+        floor=work.floor,
+        share_of_floor=work.bytes_moved / speed / own if work.bytes_moved else None,
     )
 
 
@@ -386,11 +429,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `gti bench`."""
     parser.description = (
         "Time each op beside its peers and the machine's bandwidth, interleaved, medians. Exit "
-        "status 1 if an op's parity is red."
+        "status 1 if an op's parity is red or a line fails."
     )
     parser.add_argument("--op", help="only cases of this op")
     parser.add_argument("--rounds", type=int, default=15, help="timings of each (default: 15)")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--suite",
+        choices=("default", "full"),
+        default="default",
+        help="full: on a GPU also the large lists and shapes of its bars (up to 45 GB)",
+    )
     parser.add_argument("--json", metavar="FILE", help="write machine, bandwidth and results")
     parser.add_argument("--plot", metavar="FILE", help="write a PNG of the ratios")
 
@@ -399,33 +448,37 @@ def run(args: argparse.Namespace) -> int:
     """Prints a line per case and its peers; writes what was asked for."""
     if args.rounds < 1:
         raise ValueError(f"--rounds must be at least 1, got {args.rounds}")
-    chosen = [c for c in cases() if args.op in (None, c.op)]
+    every = cases(args.device, args.suite)
+    chosen = [c for c in every if args.op in (None, c.op)]
     if not chosen:
-        names = sorted({c.op for c in cases()})
+        names = sorted({c.op for c in every})
         raise ValueError(f"--op: expected one of {names}, got {args.op!r}")
     warnings.filterwarnings("ignore", module="torch._dynamo|torch._inductor")
     torch._dynamo.config.recompile_limit = 64
     speed = bandwidth(args.device)
     info = build_info()
-    print(
-        f"{info['platform']}, {info['threads']} threads, torch {info['torch']}; measured bandwidth:"
-        f" read {speed['read'] / 1e9:.1f} GB/s, copy {speed['copy'] / 1e9:.1f} GB/s (both ways)"
-    )
+    machine = f"{info['platform']}, {info['threads']} threads, torch {info['torch']}"
+    if args.device == "cuda":
+        machine = (
+            f"{info['cuda device']}, triton {info['triton']}, nvrtc {info['nvrtc']}, {machine}"
+        )
+    read, copy = speed["read"] / 1e9, speed["copy"] / 1e9
+    print(f"{machine}; measured bandwidth: read {read:.1f} GB/s, copy {copy:.1f} GB/s (both ways)")
     results = []
     for case in chosen:
         results.append(measure(case, args.rounds, args.device))
         print("\n".join(lines(results[-1])))
         sys.stdout.flush()
         torch._dynamo.reset()
+        if args.json:  # after each line: a run that is cut short leaves what it has
+            report = {"machine": info, "bandwidth": speed, "results": [_plain(r) for r in results]}
+            with open(args.json, "w", encoding="utf-8") as file:
+                json.dump(report, file, indent=1, ensure_ascii=False)
     missed = [r for r in results if not r.met]
     print(f"{len(results) - len(missed)} of {len(results)} lines meet their bars")
-    if args.json:
-        report = {"machine": info, "bandwidth": speed, "results": [_plain(r) for r in results]}
-        with open(args.json, "w", encoding="utf-8") as file:
-            json.dump(report, file, indent=1, ensure_ascii=False)
     if args.plot:
         plot(results, args.plot)
-    return 0 if all(r.parity for r in results) else 1
+    return 1 if any(r.failure for r in results) else 0
 
 
 def _plain(result: Result) -> dict[str, Any]:
@@ -436,7 +489,7 @@ def lines(result: Result) -> list[str]:
     """The printed form of a result."""
     head = f"{result.op}  {result.name}  {result.shape}  {result.dtype}"
     if result.seconds is None:
-        return [f"{head}: parity is red, no time"]
+        return [f"{head}: {result.failure}, no time"]
     text = f"{head}: {_time(result.seconds)}"
     if result.most_us is not None:
         text += f" (at most {result.most_us:.0f} us)"
@@ -445,6 +498,8 @@ def lines(result: Result) -> list[str]:
             f", {result.bytes_moved / 1e6:.0f} MB moved, "
             f"{100 * result.share_of_floor:.0f} % of the {result.floor} bandwidth"
         )
+    if result.least_share:
+        text += f" (bar {100 * result.least_share:.0f} %)"
     out = [text]
     for peer, seconds in result.peers.items():
         bar = f"  (bar {result.bars[peer]:.2f}x)" if peer in result.bars else ""

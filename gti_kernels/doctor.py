@@ -9,7 +9,7 @@ from .backends import available, build_info
 
 EXTRAS = {
     "probes": ("sklearn", "matplotlib", "rich", "tqdm"),
-    "cuda": ("cuda.core",),
+    "cuda": ("cuda.core", "cuda.bindings"),
     "test": ("pytest", "pytest_benchmark", "hypothesis", "mpmath"),
 }
 

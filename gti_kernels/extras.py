@@ -6,12 +6,12 @@ import importlib
 from types import ModuleType
 
 
-def require(module: str, purpose: str) -> ModuleType:
+def require(module: str, purpose: str, extra: str = "probes") -> ModuleType:
     """The module, or an ImportError that names what needs it and the extra that brings it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        package = module.split(".")[0]
+        package = module if module.startswith("cuda.") else module.split(".")[0]
         raise ImportError(
-            f'{purpose} needs {package}, which is not installed; pip install "gti_kernels[probes]"'
+            f'{purpose} needs {package}, which is not installed; pip install "gti_kernels[{extra}]"'
         ) from error

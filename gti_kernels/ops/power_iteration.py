@@ -15,7 +15,8 @@ from ..reference import power_iteration as reference
 from .arguments import check_float_tensors, subclasses, tensor_list
 from .library import is_plain_eager, refuse_derivative, register
 
-_MOST_TRIPLES = 16  # of the compiled kernel, kMaxTriples
+#: The largest k of a kernel.
+_MOST_TRIPLES = {"cpu": 16, "triton": 8, "cuda": 1}
 Outputs = tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor, Tensor, Tensor]
 
 
@@ -60,7 +61,7 @@ def power_iteration(
             passes.
         start: an earlier result for weights of the same shapes; its v is where the iteration
             begins. Otherwise v is random from `seed` and the number of the matrix.
-        backend: "auto", "reference", "cpu" (k ≤ 16) or "triton" (k = 1); see
+        backend: "auto", "reference", "cpu" (k ≤ 16), "triton" (k ≤ 8) or "cuda" (k = 1); see
             `gti_kernels.explain`.
 
     Returns:
@@ -236,13 +237,11 @@ def limits_of_power_iteration(
                 f"power_iteration: k must be an integer between 1 and min(m, n) = {min(m, n)} of "
                 f"weights[{i}], got {k!r}"
             )
-    limits = {}
-    if (reason := subclasses(weights=ws)) is not None:
-        limits = {"cpu": reason, "triton": reason}
-    if k > 1:
-        limits.setdefault("triton", "it finds one triple a matrix, k = 1")
-    if k > _MOST_TRIPLES:
-        limits.setdefault("cpu", f"it finds up to {_MOST_TRIPLES} triples a matrix")
+    reason = subclasses(weights=ws)
+    limits = {} if reason is None else dict.fromkeys(_MOST_TRIPLES, reason)
+    for backend, most in _MOST_TRIPLES.items():
+        if k > most:
+            limits[backend] = f"it finds at most {most} triples a matrix"
     return ws[0].device, limits
 
 
@@ -303,6 +302,10 @@ def _power_iteration(
         from ..triton_kernels import power_iteration as triton
 
         out = triton.power_iteration(flat, *settings)
+    elif chosen == "cuda":
+        from ..cuda_kernels import power_iteration as cuda
+
+        out = cuda.power_iteration(flat, *settings)
     else:
         with torch.autocast(device.type, enabled=False):
             out = reference.power_iteration(flat, *settings)

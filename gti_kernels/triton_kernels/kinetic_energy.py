@@ -10,13 +10,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..tables import device_table, on_device
 from .ragged import (
-    device_table,
     elementwise_groups,
     find_item,
     fixed_sum,
     load_block,
-    on_device,
     pointer,
 )
 

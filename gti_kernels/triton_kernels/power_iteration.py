@@ -18,7 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..conventions import compute_dtype
-from .ragged import TRITON_DTYPE, device_table, find_item, on_device, pointer, prefix, widen
+from ..tables import device_table, on_device, prefix
+from .ragged import TRITON_DTYPE, find_item, pointer, widen
 
 # The table of a launch: int64 rows of one number per matrix, then first panels and first column
 # blocks (items + 1 numbers each). Rows:

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .ragged import TRITON_DTYPE, device_table, find_item, on_device, pointer, prefix, widen
+from ..tables import device_table, on_device, prefix
+from .ragged import TRITON_DTYPE, find_item, pointer, widen
 
 UNIT = 2.0**-53  # fp64 unit roundoff
 PROGRAMS = 1024  # aimed at; no property of the device, so that no bit of a result depends on it

@@ -1,0 +1,196 @@
+"""The lines of `gti bench --device cuda --suite full`: what the project holds itself to on a GPU of
+the class of an H200. The bars are ratios of times of one run."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+import gti_kernels as gti
+
+from .bench import RESNET18_PARAMETERS, Case, Work, kick_drift, two_form
+
+#: ViT-B/16 (86 M parameters, 50 matrices): patches, then query-key-value, projection and the two
+#: layers of the perceptron of each block, then the classes.
+VIT_B_WEIGHTS = (
+    (768, 3, 16, 16),
+    *[(2304, 768), (768, 768), (3072, 768), (768, 3072)] * 12,
+    (1000, 768),
+)
+DECODER_LAYER = (*[(4096, 4096)] * 4, *[(11008, 4096)] * 2, (4096, 11008))
+#: A decoder of 6.7 billion parameters, 226 matrices: 13.5 GB in bf16.
+DECODER_7B_WEIGHTS = ((32000, 4096), *DECODER_LAYER * 32, (32000, 4096))
+
+
+def _spectral_norm(matrices: list[Tensor], starts: list[Tensor], steps: list[int]) -> list[Tensor]:
+    """The loop of torch.nn.utils.parametrizations.spectral_norm, over all layers."""
+    sigmas = []
+    for w, v, count in zip(matrices, starts, steps):
+        for _ in range(count):
+            u = normalize(torch.mv(w, v), dim=0)
+            v = normalize(torch.mv(w.t(), u), dim=0)
+        sigmas.append(torch.vdot(u, torch.mv(w, v)))
+    return sigmas
+
+
+def _warm_list(device: str, shapes: tuple[tuple[int, ...], ...]) -> Work:
+    """σ₁ to residual 1e-3 from the result before the weights moved by 1 %. The peer starts from the
+    same vectors and makes the steps its method needs for that residual, at most 300; it is not
+    asked to notice."""
+    generator = torch.Generator(device).manual_seed(0)
+    kwargs = {"generator": generator, "device": device, "dtype": torch.bfloat16}
+    weights = [torch.randn(s, **kwargs) for s in shapes]  # type: ignore[call-overload]
+    start = gti.power_iteration(weights, tol=1e-3)
+    for w in weights:
+        w.add_(torch.randn(w.shape, **kwargs), alpha=0.01)  # type: ignore[call-overload]
+    moved = gti.power_iteration(weights, start=start, tol=1e-3)
+    if not bool(moved.converged.all()):
+        raise RuntimeError(f"not converged: residual {float(moved.residual.max()):.1e}")
+    options = {"start": start, "method": "power", "max_steps": 300}
+    steps = gti.power_iteration(weights, tol=1e-3, **options).steps.tolist()  # type: ignore[arg-type]
+    matrices = [w.flatten(1) for w in weights]
+    starts = [v.flatten().to(torch.bfloat16) for v in start.v]
+    bytes_read = [w.numel() * w.element_size() for w in weights]
+    return Work(
+        op=lambda: gti.power_iteration(weights, start=start, tol=1e-3),
+        peers={"spectral_norm loop": lambda: _spectral_norm(matrices, starts, steps)},
+        bytes_moved=sum(b * n for b, n in zip(bytes_read, moved.steps.tolist())),
+        few=("spectral_norm loop",),
+    )
+
+
+def _passes(device: str, batch: int, m: int, n: int, steps: int, streaming: bool) -> Work:
+    """A fixed number of passes over matrices of one shape."""
+    generator = torch.Generator(device).manual_seed(0)
+    w = torch.randn(batch, m, n, generator=generator, device=device, dtype=torch.bfloat16)
+
+    def op(backend: str) -> gti.SingularTriples:
+        return gti.power_iteration(w, max_steps=steps, tol=0, backend=backend)
+
+    once = w.numel() * w.element_size()
+    return Work(
+        op=lambda: op("auto"),
+        peers={} if streaming else {"streaming (triton)": lambda: op("triton")},
+        bytes_moved=steps * once if streaming else 0,
+    )
+
+
+def _captured(device: str) -> Work:
+    """kick_drift_ replayed from a CUDA graph."""
+    work = kick_drift(device, RESNET18_PARAMETERS)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        work.op()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work.op()
+    return Work(graph.replay, {"_foreach": work.peers["_foreach"]}, work.bytes_moved, work.floor)
+
+
+def _large_step(device: str) -> Work:
+    """kick_drift_ over four layers of the decoder, beside torch's fused SGD: it too reads three
+    and writes two numbers a parameter."""
+    shapes = DECODER_LAYER * 4
+    work = kick_drift(device, shapes)
+    parameters = [torch.zeros(s, device=device, requires_grad=True) for s in shapes]
+    for t in parameters:
+        t.grad = torch.zeros_like(t).normal_()
+    sgd = torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, fused=True)
+    peers = {"_foreach": work.peers["_foreach"], "SGD(fused=True)": sgd.step}
+    return Work(work.op, peers, work.bytes_moved, work.floor, few=("_foreach",))
+
+
+def _roof(device: str, m: int, n: int) -> Work:
+    """two_form beside an fp64 matrix product of as many operations: 2 products for each of
+    m(m − 1)/2 entries, [r, r]·[r, r] with r³ = m(m − 1)·n."""
+    work = two_form(device, m, n)
+    r = round((m * (m - 1) * n) ** (1 / 3))
+    a = torch.randn(r, r, device=device, dtype=torch.float64)
+    return Work(work.op, {"fp64 matmul, same operations": lambda: a @ a}, work.bytes_moved)
+
+
+def gpu_cases() -> list[Case]:
+    """The lines, in order."""
+    out = []
+    for shapes, name in (
+        (VIT_B_WEIGHTS, "50 matrices of ViT-B"),
+        (DECODER_7B_WEIGHTS, "226 matrices, 7B decoder"),
+    ):
+        out.append(
+            Case(
+                "power_iteration",
+                "warm start, residual 1e-3",
+                name,
+                "bfloat16",
+                lambda device, shapes=shapes: _warm_list(device, shapes),  # type: ignore[misc]
+                {"spectral_norm loop": 10.0},
+            )
+        )
+    for batch, m, n in ((1024, 128, 128), (64, 768, 768)):  # of a block, of a cluster
+        out.append(
+            Case(
+                "power_iteration",
+                "20 passes on chip",
+                f"[{batch}, {m}, {n}]",
+                "bfloat16",
+                lambda device, b=batch, m=m, n=n: _passes(device, b, m, n, 20, False),  # type: ignore[misc]
+                {"streaming (triton)": 3.0},
+            )
+        )
+    out.append(
+        Case(
+            "power_iteration",
+            "10 passes, streaming",
+            "[32768, 32768]",
+            "bfloat16",
+            lambda device: _passes(device, 1, 32768, 32768, 10, True),
+            least_share=0.85,
+        )
+    )
+    out.append(
+        Case(
+            "kick_drift_",
+            "with kinetic energy",
+            "4 layers of a decoder, 0.8 G",
+            "float32",
+            _large_step,
+            {"_foreach": 1.5, "SGD(fused=True)": 1.0},
+            least_share=0.88,
+        )
+    )
+    out.append(
+        Case(
+            "kick_drift_",
+            "captured in a CUDA graph",
+            "62 tensors of ResNet-18",
+            "float32",
+            _captured,
+            {"_foreach": 1.5},
+        )
+    )
+    for m, n in ((4, 10**8), (8, 10**8), (16, 4 * 10**7)):
+        out.append(
+            Case(
+                "two_form",
+                "fp64 accumulation",
+                f"m = {m}, N = {n // 10**6} M",
+                "float32",
+                lambda device, m=m, n=n: two_form(device, m, n),  # type: ignore[misc]
+                {"naive fp32": 3.0} if m == 8 else {},
+                least_share=0.85,
+            )
+        )
+    out.append(
+        Case(
+            "two_form",
+            "fp64 accumulation",
+            "m = 64, N = 10 M",
+            "float32",
+            lambda device: _roof(device, 64, 10**7),
+            {"fp64 matmul, same operations": 2 / 3},
+        )
+    )
+    return out

@@ -1,0 +1,82 @@
+"""Kernels of csrc/cuda, built with g++ and run on the CPU, in place of `cuda_kernels.runtime`."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import struct
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+HERE = Path(__file__).parent
+SOURCES = HERE.parents[1] / "csrc" / "cuda"
+_folder = tempfile.TemporaryDirectory(prefix="cuda_emulation")
+
+Order = int  #: 0: threads in the order of their numbers, 1: the other way round, more: shuffled
+
+
+class Emulator:
+    """`kernel` and `launch` as in `runtime`. Blocks that wait for each other run at once, others
+    one after the other."""
+
+    def __init__(self, order: Order = 0, text: str | None = None) -> None:
+        self.order = order
+        self.text = text  # of the source, where it is not that of the stem
+        self.launches: list[dict[str, Any]] = []
+
+    def kernel(self, stem: str, entry: str, defines: tuple, device: Any) -> Any:
+        text = self.text or (SOURCES / f"{stem}.cu").read_text(encoding="utf-8")
+        return build(text, entry, tuple(defines))
+
+    def launch(
+        self,
+        kernel: Any,
+        grid: int,
+        block: int,
+        args: Sequence[Any],
+        *,
+        shared_bytes: int = 0,
+        cluster: int | None = None,
+        cooperative: bool = False,
+    ) -> None:
+        self.launches.append({"grid": grid, "cluster": cluster, "cooperative": cooperative})
+        words = (ctypes.c_uint64 * len(args))(*map(_word, args))
+        resident = grid if cooperative else cluster or 1
+        error = kernel(grid, block, cluster or 1, shared_bytes, resident, self.order, words)
+        if error:
+            raise RuntimeError(error.decode())
+
+
+def _word(x: Any) -> int:
+    """The 64 bits of a parameter."""
+    if isinstance(x, Tensor):
+        return x.data_ptr()
+    if isinstance(x, float):
+        return int.from_bytes(struct.pack("<d", x), "little")
+    return (x or 0) % (1 << 64)
+
+
+@functools.cache
+def build(text: str, entry: str, defines: tuple[tuple[str, Any], ...]) -> Any:
+    """The function `emulate` of driver.cpp for a source text."""
+    folder = Path(tempfile.mkdtemp(dir=_folder.name))
+    source, code, library = folder / "source.cu", folder / "driver.o", folder / "driver.so"
+    source.write_text(text, encoding="utf-8")
+    command = ["g++", "-std=c++20", "-Og", "-fPIC", "-fsanitize=alignment", "-Wno-unknown-pragmas"]
+    command += [f'-DSOURCE="{source}"', f"-DENTRY={entry}", *(f"-D{k}={v}" for k, v in defines)]
+    # Linked apart: the library of the sanitizer is not needed.
+    for line in ([*command, "-c", str(HERE / "driver.cpp"), "-o", str(code)],
+                 ["g++", "-shared", str(code), "-o", str(library)]):  # fmt: skip
+        done = subprocess.run(line, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    emulate = ctypes.CDLL(str(library)).emulate
+    emulate.restype = ctypes.c_char_p
+    u32, size = ctypes.c_uint, ctypes.c_size_t
+    words = ctypes.POINTER(ctypes.c_uint64)
+    emulate.argtypes = [u32, u32, u32, size, u32, ctypes.c_int, words]
+    return emulate

@@ -1,0 +1,345 @@
+"""csrc/cuda/power_iteration.cu and its launcher without a GPU: the source runs in the emulation of
+cuda_emulation/, with 64 threads a block. What only a GPU can show is in test_gpu.py."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from cuda_emulation.emulate import SOURCES, Emulator
+from torch import Tensor
+
+import gti_kernels as gti
+from gti_kernels import backends, testing
+from gti_kernels.cuda_kernels import power_iteration as cuda
+from gti_kernels.cuda_kernels.power_iteration import BLOCK, CLUSTER, GRID, ON_CHIP, STAGED, WIDE
+from gti_kernels.reference import power_iteration as reference
+from gti_kernels.rows import DTYPES
+
+#: Name → team, blocks of it, mode. 5 blocks are more than some matrices here have use for.
+CLASSES = {
+    "block": (BLOCK, 1, ON_CHIP),
+    "cluster": (CLUSTER, 4, ON_CHIP),
+    "grid": (GRID, 5, ON_CHIP),
+    "staged": (GRID, 5, STAGED),
+    "wide": (GRID, 5, WIDE),
+}
+every_class = pytest.mark.parametrize("kind", CLASSES)
+ROOM = cuda.Limits(shared_bytes=300_000, blocks=12, cluster=8)
+SOURCE = (SOURCES / "power_iteration.cu").read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    """emulated(kind or None, order, text, shared_bytes): the backend "cuda" runs in the emulation,
+    with every matrix in one class, or where the plan puts it."""
+
+    def use(kind=None, order=0, text=None, shared_bytes=None) -> Emulator:
+        emulator = Emulator(order, text)
+        limits = ROOM if shared_bytes is None else ROOM._replace(shared_bytes=shared_bytes)
+        monkeypatch.setattr(cuda, "kernel", emulator.kernel)
+        monkeypatch.setattr(cuda, "launch", emulator.launch)
+        monkeypatch.setattr(cuda, "limits", lambda device: limits)
+        monkeypatch.setattr(cuda, "THREADS", 64)
+        monkeypatch.setattr(cuda, "_choose", forced(*CLASSES[kind]) if kind else choose)
+        monkeypatch.setitem(backends.available(), "cuda", None)
+        monkeypatch.setattr(backends, "obstacle", lambda op, backend, device, limits: None)
+        cuda.plan.cache_clear()
+        return emulator
+
+    choose = cuda._choose
+    yield use
+    cuda.plan.cache_clear()
+
+
+def forced(team, size, mode):
+    def choose(m, n, dtype, limits):
+        used = cuda._team_for(m, size) if team == GRID else size
+        if mode == ON_CHIP:
+            place = cuda._on_chip(m, n, dtype, team, used, limits)
+        elif mode == STAGED:
+            place = cuda._staged(m, n, dtype, used, limits)
+        else:
+            place = cuda._wide(m, n, dtype, used)
+        assert place is not None
+        return team, size, place
+
+    return choose
+
+
+def normal(m: int, n: int, dtype=torch.float32, seed: int = 0) -> Tensor:
+    return testing.numbers(m, n, dtype=dtype, device="cpu", seed=seed)
+
+
+def run(ws: list[Tensor], **settings) -> gti.SingularTriples:
+    return gti.power_iteration(ws, backend="cuda", **settings)
+
+
+def bits(r: gti.SingularTriples) -> list[bytes]:
+    flat = [x for part in r for x in (part if isinstance(part, list) else [part])]
+    return [x.contiguous().numpy().tobytes() for x in flat]
+
+
+# ---- right numbers ------------------------------------------------------------------------------
+
+# Tails in m and n, rows of odd length, narrow, flat, more columns than threads.
+SHAPES = ((1, 9), (9, 1), (7, 5), (16, 16), (70, 33), (11, 301), (45, 264))
+
+
+@every_class
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_parity_with_the_reference(emulated, monkeypatch, dtype, kind):
+    def make(method):
+        def arguments_of(dtype, device):
+            ws = [
+                testing.with_spectrum(
+                    0.6 ** torch.arange(min(m, n), dtype=torch.float64), m, n, dtype=dtype, seed=i
+                )
+                for i, (m, n) in enumerate(SHAPES)
+            ]
+            return [ws], {"method": method, "max_steps": 12, "tol": 0.0}
+
+        return arguments_of
+
+    samples = [testing.Sample(method, make(method)) for method in ("cg", "power")]
+    monkeypatch.setattr(testing, "samples", lambda op: samples)
+    emulator = emulated(kind)
+    for c in testing.compare("power_iteration", dtype, "cuda"):
+        assert c.error <= c.bound, c
+    team, size, _ = CLASSES[kind]
+    for one in emulator.launches:
+        assert one["cooperative"] == (team == GRID)
+        assert one["cluster"] == (size if team == CLUSTER else None)
+        assert one["grid"] % size == 0
+
+
+@pytest.mark.parametrize("rows, stages", [(8, 2), (8, 3), (4, 4), (2, 3), (1, 2)])
+def test_every_ring_of_panels(emulated, monkeypatch, rows, stages):
+    """As with shared memory of other sizes; several panels a block, the last one not whole."""
+    emulated("staged")
+
+    def choose(m, n, dtype, limits):
+        groups = cuda._sizes(m, n, dtype, 2).groups
+        before = cuda._before_w(m, n, dtype, GRID, 2)
+        shared = before + rows * stages * groups * cuda._sizes(m, n, dtype, 2).padded * 2
+        return GRID, 2, cuda.Place(2, STAGED, rows, stages, shared, cuda._shown(n, dtype))
+
+    monkeypatch.setattr(cuda, "_choose", choose)
+    ws = [normal(m, n, torch.bfloat16, m) for m, n in ((90, 600), (131, 132), (3, 520))]
+    got = run(ws, max_steps=6, tol=0.0)
+    exact = gti.power_iteration([w.double() for w in ws], max_steps=6, tol=0.0, backend="reference")
+    assert torch.allclose(got.sigma.double(), exact.sigma, rtol=1e-5, atol=0)
+    for a, b in zip((*got.u, *got.v), (*exact.u, *exact.v), strict=True):
+        assert torch.allclose(a.double(), b, rtol=0, atol=1e-4)
+
+
+@every_class
+def test_special_matrices_in_one_list(emulated, kind):
+    emulated(kind)
+    base = testing.with_spectrum(torch.tensor([3.0, 1.0, 0.5]).double(), 20, 17).float()
+    bad, infinite = base.clone(), base.clone()
+    bad[19, 16], infinite[3, 2] = math.nan, -math.inf
+    ws = [
+        torch.zeros(12, 30),
+        bad,
+        base,
+        infinite,
+        base * 1e30,
+        base * 1e-30,
+        torch.full((5, 6), 5.0e37),
+        torch.full((5, 6), 1.0e-37),
+        torch.outer(torch.arange(1.0, 9.0), torch.arange(1.0, 6.0)),
+        2.0 * torch.eye(24),
+        torch.full((1, 1), -4.0),
+    ]
+    r = run(ws, tol=1e-5, max_steps=100)
+    sound = [i for i in range(len(ws)) if i not in (1, 3)]
+    for i in (1, 3):
+        assert r.sigma[i].isnan() and r.residual[i].isnan() and r.upper[i].isnan()
+        assert r.u[i].isnan().all() and r.v[i].isnan().all()
+        assert not r.converged[i] and r.steps[i] == 0
+    assert r.converged[sound].all()
+    for i in sound:
+        exact = torch.linalg.svdvals(ws[i].double())[0]
+        assert abs(r.sigma[i].double() - exact) <= 3e-6 * exact
+        assert r.upper[i] >= exact * (1 - 1e-6)
+        assert r.upper[i] <= 1.0001 * torch.linalg.matrix_norm(ws[i].double())
+        for x in (r.u[i], r.v[i]):
+            assert abs(x.double().norm() - 1) < 1e-6
+    assert r.steps[0] == 1 and r.sigma[0] == 0
+
+
+def test_fp64_scales(emulated):
+    emulated("block")
+    base = testing.with_spectrum(torch.tensor([3.0, 1.0]).double(), 9, 8)
+    for method in ("cg", "power"):
+        for scale in (1e300, 1e100, 1e-100, 1e-300):
+            r = run([base * scale], tol=1e-10, method=method)
+            assert r.converged.all() and abs(float(r.sigma) / (3 * scale) - 1) < 1e-12
+
+
+@every_class
+def test_tol_zero_means_max_steps(emulated, kind):
+    emulated(kind)
+    for method in ("cg", "power"):
+        r = run([normal(9, 20), torch.eye(4)], tol=0.0, max_steps=25, method=method)
+        assert (r.steps == 25).all()
+        assert abs(r.sigma[1] - 1) < 1e-5 and r.residual[1] < 1e-5  # long after convergence
+
+
+@every_class
+def test_upper_is_the_lesser_of_two_bounds(emulated, kind):
+    emulated(kind)
+    # Of the first ‖W‖₁‖W‖_∞ is less, of the second, of rank 1, ‖W‖_F.
+    ws = [torch.eye(40), normal(40, 1) @ normal(1, 30, seed=1)]
+    r = run(ws, max_steps=1)
+    frobenius = torch.linalg.matrix_norm(ws[1].double())
+    assert 1.0 <= r.upper[0] < 1.0001
+    assert frobenius <= r.upper[1] < 1.0001 * frobenius
+
+
+# ---- the loop -----------------------------------------------------------------------------------
+
+
+@every_class
+def test_start_vectors(emulated, kind):
+    """From an earlier result; from the reference's random vector; a useless start is replaced."""
+    emulated(kind)
+    w = testing.with_spectrum(0.8 ** torch.arange(30).double(), 60, 30).float()
+    cold = run([w], tol=1e-4)
+    warm = run([w + 1e-4 * normal(60, 30)], tol=1e-4, start=cold)
+    assert warm.converged.all() and warm.steps < cold.steps / 2
+    one = run([w], max_steps=1, seed=5)
+    v = reference.start_vectors(5, 0, 30, 1, torch.device("cpu"))
+    assert torch.allclose(one.v[0], v / v.norm(), atol=1e-6)
+    for useless in (0.0, math.nan):
+        start = cold._replace(v=[torch.full((30, 1), useless)])
+        again = run([w], max_steps=1, start=start, seed=5)
+        assert torch.equal(again.v[0], one.v[0])
+
+
+@every_class
+def test_a_matrix_gets_the_same_bits_alone_and_in_a_list(emulated, kind):
+    emulated(kind)
+    ws = [normal(24, 40), torch.eye(9), normal(31, 8, seed=2)]
+    first = run(ws, tol=1e-3)
+    together = run(ws, tol=1e-3, start=first)
+    assert len(set(together.steps.tolist())) > 1 or first.steps.unique().numel() > 1
+    for i, w in enumerate(ws):
+        alone = run([w], tol=1e-3, start=first._replace(v=[first.v[i]]))
+        assert torch.equal(alone.v[0], together.v[i]) and torch.equal(alone.u[0], together.u[i])
+        assert alone.sigma[0] == together.sigma[i] and alone.steps[0] == together.steps[i]
+
+
+@every_class
+def test_same_bits_for_any_order_of_threads(emulated, kind):
+    """A result that depends on it would betray a barrier that is missing."""
+    ws = [normal(40, 300, torch.bfloat16), normal(33, 7, torch.bfloat16), normal(1, 5).bfloat16()]
+    results = []
+    for order in (0, 0, 1, 7):
+        emulated(kind, order)
+        results.append(bits(run(ws, max_steps=5, tol=0.0)))
+    assert all(r == results[0] for r in results)
+
+
+def test_mixed_dtypes_batches_and_odd_addresses(emulated):
+    """One launch for each dtype and class; a batch of matrices that begin at odd addresses."""
+    emulator = emulated(shared_bytes=20_000)
+    ws = [normal(30, 41), normal(12, 16, torch.float64), normal(200, 130), normal(9, 9).half()]
+    r = run(ws, max_steps=60, tol=1e-5)
+    for i, w in enumerate(ws):
+        assert abs(r.sigma[i] / torch.linalg.svdvals(w.double())[0] - 1) < 1e-5
+    assert r.sigma.dtype == torch.float64 and r.v[0].dtype == torch.float32
+    assert len(emulator.launches) == 4
+    batch = testing.numbers(3, 5, 7, dtype=torch.float32, device="cpu", seed=0)
+    r = gti.power_iteration(batch, backend="cuda", tol=1e-5)
+    assert torch.allclose(r.sigma[:, 0], torch.linalg.svdvals(batch)[:, 0], rtol=1e-5)
+    shifted = normal(1, 8 * 16 + 1).view(-1)[1:].view(8, 16)
+    r = run([shifted], tol=1e-5)
+    assert torch.allclose(r.sigma[0], torch.linalg.svdvals(shifted)[:1], rtol=1e-5)
+    empty = gti.power_iteration(torch.empty(0, 3, 4), backend="cuda")
+    assert empty.sigma.shape == (0, 1)
+
+
+# ---- the plan -----------------------------------------------------------------------------------
+
+
+def test_plan_for_a_large_device():
+    limits = cuda.Limits(shared_bytes=232_448, blocks=132, cluster=16)
+
+    def where(m, n, dtype=torch.bfloat16, limits=limits):
+        team, size, place = cuda._choose(m, n, dtype, limits)
+        assert place.shared_bytes <= limits.shared_bytes
+        return team, size, place.mode
+
+    assert where(64, 576) == (BLOCK, 1, ON_CHIP)
+    assert where(768, 768) == (CLUSTER, 8, ON_CHIP)
+    assert where(1024, 1024) == (CLUSTER, 16, ON_CHIP)
+    assert where(3072, 768) == (GRID, 33, ON_CHIP)
+    assert where(4096, 4096) == (GRID, 132, STAGED)
+    assert where(4096, 11008) == (GRID, 132, STAGED)
+    assert where(64, 200_000) == (GRID, 132, WIDE)
+    assert where(768, 768, limits=limits._replace(cluster=0))[0] == GRID
+    launches = cuda.plan(((2, 64, 576), (1, 4096, 4096), (1, 768, 768)), torch.bfloat16, limits)
+    assert sorted(one.team for one in launches) == [BLOCK, CLUSTER, GRID]
+    assert sorted(i for one in launches for i in one.matrices) == [0, 1, 2, 3]
+
+
+def test_k_above_one_is_refused():
+    _, limits = gti.ops.power_iteration.limits_of_power_iteration(torch.ones(3, 3), k=2)
+    assert "k = 1" in limits["cuda"]
+    with pytest.raises(ValueError, match="k = 1"):
+        cuda.power_iteration([torch.ones(1, 3, 3)], 2, "cg", 5, 0.0, None, 0)
+
+
+# ---- what the emulation finds -------------------------------------------------------------------
+
+
+def without(text: str, after: str = "") -> str:
+    """The source without the first `text` that follows `after`."""
+    begin = SOURCE.index(text, SOURCE.index(after))
+    return SOURCE[:begin] + SOURCE[begin + len(text) :]
+
+
+MISSING = {
+    "barrier before the sum of shares": (
+        "grid",
+        without("__syncthreads();", "parts[threadIdx.x] = sum;"),
+    ),
+    "barrier of a panel": ("staged", without("__syncthreads();", "wait_for_copies<0>();\n    __s")),
+    "wait for copies": ("block", without("wait_for_copies<0>();", "copy_rows(p, 0, p.rows")),
+}
+
+
+@pytest.mark.parametrize("name", MISSING)
+def test_the_emulation_finds_what_is_missing(emulated, name):
+    kind, text = MISSING[name]
+    assert text != SOURCE
+    ws = [normal(90, 264, torch.bfloat16), normal(90, 40, torch.bfloat16)]
+    results = set()
+    for order in (0, 1, 7):
+        emulated(kind, order)
+        right = bits(run(ws, max_steps=3, tol=0.0))
+        emulated(kind, order, text)
+        results.add(bits(run(ws, max_steps=3, tol=0.0)) == right)
+    assert False in results
+
+
+def test_the_emulation_finds_deadlocks_and_writes_outside(emulated, monkeypatch):
+    emulator = emulated("grid")
+    launch = emulator.launch
+
+    def short(kernel, grid, block, args, *, shared_bytes, **rest):
+        launch(kernel, grid, block, args, shared_bytes=shared_bytes - 64, **rest)
+
+    monkeypatch.setattr(cuda, "launch", short)
+    with pytest.raises(RuntimeError, match="outside of shared memory"):
+        run([normal(90, 264)], max_steps=2)
+
+    def one_by_one(kernel, grid, block, args, *, cooperative, **rest):
+        launch(kernel, grid, block, args, **rest)
+
+    monkeypatch.setattr(cuda, "launch", one_by_one)
+    with pytest.raises(RuntimeError, match="deadlock"):
+        run([normal(90, 264)], max_steps=2)
