@@ -448,6 +448,8 @@ def run(args: argparse.Namespace) -> int:
     """Prints a line per case and its peers; writes what was asked for."""
     if args.rounds < 1:
         raise ValueError(f"--rounds must be at least 1, got {args.rounds}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no CUDA device")
     every = cases(args.device, args.suite)
     chosen = [c for c in every if args.op in (None, c.op)]
     if not chosen:

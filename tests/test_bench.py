@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gti_kernels import bench, bench_gpu
+from gti_kernels import bench, bench_gpu, cli
 
 
 def test_the_warm_started_list_and_its_peer_agree():
@@ -57,3 +57,9 @@ def test_a_line_that_fails_is_a_result_and_its_share_is_a_bar():
 
     case = bench.Case("kick_", "x", "y", "float32", slow, least_share=0.5)
     assert not bench.measure(case, 2, "cpu").met
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_gpu_that_is_not_there_is_an_error_with_words(capsys):
+    assert cli.main(["bench", "--device", "cuda", "--suite", "full"]) == 2
+    assert "torch sees no CUDA device" in capsys.readouterr().err

@@ -45,7 +45,7 @@ def axpy(tmp_path, monkeypatch):
     (sources / "axpy.cu").write_text(AXPY)
     monkeypatch.setattr(compiler, "FOLDERS", (sources,))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    compiler._warn_once.cache_clear()
+    monkeypatch.setattr(compiler, "_warned", [])
     return compiler.cache_folder()
 
 
@@ -218,13 +218,34 @@ print(len(compiler.cubin("axpy", "axpy", {FLOAT!r}, "90a").code))
 
 
 @needs_nvrtc
+def test_threads_may_be_the_first_to_compile(axpy):
+    code = f"""
+import threading
+from pathlib import Path
+from gti_kernels.cuda_kernels import compiler
+compiler.FOLDERS = (Path({str(compiler.FOLDERS[0])!r}),)
+start, made = threading.Barrier(4), []
+def one(entry):
+    start.wait()
+    made.append(compiler.cubin("axpy", entry, {FLOAT!r}, "90a"))
+entries = ("axpy", "stack", "reverse", "cluster")
+threads = [threading.Thread(target=one, args=(e,)) for e in entries]
+for t in threads: t.start()
+for t in threads: t.join()
+print(len(made))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.stdout == "4\n", run.stderr
+
+
+@needs_nvrtc
 def test_without_a_writable_folder_it_compiles_in_memory_and_warns_once(axpy, builds, recwarn):
     axpy.parent.parent.mkdir(parents=True)
     axpy.parent.write_text("a file where the folder should be")
     for entry in ("axpy", "stack"):
         assert compiler.cubin("axpy", entry, FLOAT, "90a").code
     assert len(builds) == 2
-    (warning,) = [w for w in recwarn if "cache cannot be written" in str(w.message)]
+    (warning,) = [w for w in recwarn if "cache cannot be used" in str(w.message)]
     assert "XDG_CACHE_HOME" in str(warning.message)
 
 
@@ -448,7 +469,7 @@ import gti_kernels as gti
 from gti_kernels.cuda_kernels import __main__, compiler, runtime
 for call in (
     lambda: compiler.cubin("axpy", "axpy", (), "90a"),
-    lambda: runtime._core(),
+    compiler.cuda_core,
     compiler.compiler_version,
 ):
     try:
@@ -490,7 +511,7 @@ def test_available_tells_why_cuda_kernels_do_not_run(monkeypatch):
         raise ImportError("no NVRTC here")
 
     monkeypatch.setattr(compiler, "compiler_version", missing)
-    monkeypatch.setattr(runtime, "_core", lambda: None)
+    monkeypatch.setattr(runtime, "cuda_core", lambda: None)
     monkeypatch.setattr(backends, "BUILT", frozenset({("two_form", "cuda")}))
     assert backends._why_no_cuda() == "no NVRTC here"
     monkeypatch.setattr(compiler, "compiler_version", lambda: "13.0")

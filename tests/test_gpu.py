@@ -160,7 +160,7 @@ FLOAT = (("REAL", "float"),)
 def axpy(tmp_path, monkeypatch):
     """A source axpy.cu and an empty cache; returns the function that loads one of its kernels."""
     try:
-        runtime._core()
+        compiler.cuda_core()
         compiler.compiler_version()
     except ImportError as error:
         pytest.skip(str(error))

@@ -16,9 +16,11 @@ import json
 import os
 import re
 import tempfile
+import threading
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import ModuleType
 
 from ..extras import require
 
@@ -29,7 +31,7 @@ FOLDERS = (
     Path(__file__).parents[1] / "csrc" / "cuda",
     Path(__file__).parents[2] / "csrc" / "cuda",
 )
-PURPOSE = "compiling CUDA C++ kernels"
+PURPOSE = "compiling and running CUDA C++ kernels"
 STANDARD = "c++20"
 
 
@@ -104,6 +106,17 @@ def architecture(capability: tuple[int, int]) -> str:
     return f"{major}{minor}" + "a" * (capability == (9, 0))
 
 
+_importing = threading.Lock()
+
+
+@functools.cache
+def cuda_core() -> ModuleType:
+    """cuda.core. While it is imported it puts another module in its place, so one thread at a
+    time."""
+    with _importing:
+        return require("cuda.core", PURPOSE, "cuda")
+
+
 @functools.cache
 def compiler_version() -> str:
     """Version of the NVRTC that cuda.bindings loads. ImportError where it is missing."""
@@ -121,7 +134,7 @@ def compiler_version() -> str:
 
 def build(text: str, stem: str, entry: str, defines: Defines, arch: str) -> Cubin:
     """Compiles a source text for one entry and architecture, without a look at the cache."""
-    core = require("cuda.core", PURPOSE, "cuda")
+    core = cuda_core()
     compiler_version()
     options = core.ProgramOptions(
         name=f"{stem}.cu",
@@ -180,20 +193,21 @@ def cubin(stem: str, entry: str, defines: Defines, arch: str, folder: Path | Non
     """
     text = source(stem)
     name = f"{stem}-{entry}-sm_{arch}-{key(text, entry, defines, arch)}.cubin"
+    path, found = None, None
     try:
         path = (folder or cache_folder()) / name
         found = _read(path)
-    except (OSError, RuntimeError):  # RuntimeError: there is no home folder
-        path, found = None, None
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home folder
+        _warn_once(str(error))
+        path = None
     if found is not None:
         return found
     made = build(text, stem, entry, defines, arch)
-    try:
-        if path is None:
-            raise OSError("there is no folder for it")
-        _write(path, made)
-    except OSError as error:
-        _warn_once(str(error))
+    if path is not None:
+        try:
+            _write(path, made)
+        except OSError as error:
+            _warn_once(str(error))
     return made
 
 
@@ -217,6 +231,7 @@ def _write(path: Path, made: Cubin) -> None:
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem)
     try:
         with os.fdopen(handle, "wb") as file:
+            os.fchmod(handle, 0o644)  # a folder may serve several users
             file.write(hashlib.sha256(body).hexdigest().encode() + b"\n" + body)
         os.replace(temporary, path)
     except BaseException:
@@ -224,11 +239,16 @@ def _write(path: Path, made: Cubin) -> None:
         raise
 
 
-@functools.cache
+_warned: list[str] = []
+
+
 def _warn_once(reason: str) -> None:
+    if _warned:
+        return
+    _warned.append(reason)
     warnings.warn(
-        f"CUDA kernels are compiled anew in each process, because their cache cannot be written "
-        f"({reason}). Set XDG_CACHE_HOME to a folder that can.",
+        f"CUDA kernels are compiled anew in each process, because their cache cannot be used "
+        f"({reason}). Set XDG_CACHE_HOME to a folder that can be written.",
         RuntimeWarning,
         stacklevel=4,
     )

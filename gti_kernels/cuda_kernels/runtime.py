@@ -18,11 +18,10 @@ from torch import Tensor
 
 from ..extras import require
 from . import compiler
-from .compiler import Defines, Resources
+from .compiler import Defines, Resources, cuda_core
 
 Dimensions = int | tuple[int, ...]
 
-PURPOSE = "running CUDA C++ kernels"
 PORTABLE_CLUSTER = 8  # blocks of a cluster that every device with clusters can run
 
 _thread = threading.local()
@@ -70,7 +69,7 @@ class Kernel:
         """How many blocks a cluster may have on this device: 16 where it allows more than 8."""
         self.allow(shared_bytes, 2 * PORTABLE_CLUSTER)
         with _current(self.device.index):
-            config = _core().LaunchConfig(**options(1, block, shared_bytes))
+            config = cuda_core().LaunchConfig(**options(1, block, shared_bytes))
             stream = _stream(self.device.index, 0)
             return int(self.handle.occupancy.max_potential_cluster_size(config, stream=stream))
 
@@ -90,7 +89,7 @@ def kernel(stem: str, entry: str, defines: Defines, device: torch.device) -> Ker
     entry: its extern "C" name. defines: names and values of macros (dtype, tile), a tuple of pairs.
     device: with an index, as the device of a tensor has. A later call is a dict lookup.
     """
-    core = _core()
+    core = cuda_core()
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             f"{stem}: the kernel {entry} is not loaded yet, and nothing can be loaded inside a "
@@ -125,9 +124,11 @@ def launch(
     kernel.allow(shared_bytes, cluster)
     index = kernel.device.index
     with _current(index):
-        config = _core().LaunchConfig(**options(grid, block, shared_bytes, cluster, cooperative))
+        config = cuda_core().LaunchConfig(
+            **options(grid, block, shared_bytes, cluster, cooperative)
+        )
         stream = _stream(index, torch.cuda.current_stream(index).cuda_stream)
-        _core().launch(stream, config, kernel.handle, *values)
+        cuda_core().launch(stream, config, kernel.handle, *values)
 
 
 def three(x: Dimensions) -> tuple[int, int, int]:
@@ -172,7 +173,7 @@ def options(
         found["cluster"] = size
     if cooperative:
         # cuda.core 1.0 renamed it.
-        renamed = hasattr(_core().LaunchConfig, "is_cooperative")
+        renamed = hasattr(cuda_core().LaunchConfig, "is_cooperative")
         found["is_cooperative" if renamed else "cooperative_launch"] = True
     return found
 
@@ -180,7 +181,7 @@ def options(
 @functools.cache
 def _stream(index: int, handle: int) -> Any:
     """cuda.core's view of a stream of torch; torch keeps its streams for good."""
-    return _core().Stream.from_handle(handle)
+    return cuda_core().Stream.from_handle(handle)
 
 
 class _current:
@@ -198,7 +199,7 @@ class _current:
         self.guard.__enter__()
         ready = _thread.__dict__.setdefault("ready", set())
         if self.index not in ready:
-            _core().Device(self.index).set_current()
+            cuda_core().Device(self.index).set_current()
             ready.add(self.index)
 
     def __exit__(self, *error: Any) -> None:
@@ -206,13 +207,8 @@ class _current:
 
 
 @functools.cache
-def _core() -> ModuleType:
-    return require("cuda.core", PURPOSE, "cuda")
-
-
-@functools.cache
 def _driver() -> ModuleType:
-    return require("cuda.bindings.driver", PURPOSE, "cuda")
+    return require("cuda.bindings.driver", compiler.PURPOSE, "cuda")
 
 
 def why_not() -> str | None:
@@ -220,7 +216,7 @@ def why_not() -> str | None:
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
     try:
-        _core()
+        cuda_core()
         compiler.compiler_version()
     except ImportError as error:
         return str(error)
