@@ -1,17 +1,17 @@
 """Top singular triples in Triton: three ragged launches per pass over every W of a list.
 
-Per matrix there is a basis X of row vectors [J, n]: v, s, d (method "cg", J = 3k) or v, d ("power",
-J = 2k), with Y = X Wᵀ and Z = Y W beside it; d are the k directions whose images a pass finds.
+Each matrix has a basis of row vectors X [J, n]: v, s, d for "cg" (J = 3k), v, d for "power" (2k),
+with their images Y = X Wᵀ, Z = Y W. d are the k directions of the pass. One step:
 
-  pass    one program per panel of rows: moves Y along with the last rotation, y = W d, the panel's
-          shares of z = Wᵀy (the panel is read twice, the second time from cache) and of Y Yᵀ
-  solve   one program per matrix: Rayleigh–Ritz in the span of X; the rotation T [J, J]
-  update  one program per block of columns: adds the shares of z, X ← T X, Z ← T Z, the residual and
-          the next d, the block's share of X Xᵀ
+  pass    a program per panel of rows: the last rotation of Y, y = W d, the panel's shares of
+          z = Wᵀy (reading the panel again, from cache) and of the Gram matrix Y Yᵀ
+  solve   a program per matrix: Rayleigh–Ritz in the span of X gives the rotation T [J, J]
+  update  a program per block of columns: z = Σ shares; X ← T X, Z ← T Z; the residual, the next d;
+          the block's share of the Gram matrix X Xᵀ
 
-X is not orthonormal: its Gram matrix X Xᵀ is measured, and solve orthonormalises in coordinates, in
-fp64. Shares are added in a fixed order. A matrix that has converged is found out by its residual, and
-its programs return at once: the host launches `max_steps` passes and never waits.
+X is only about orthonormal: its Gram matrix is measured, and solve orthonormalises in coordinates.
+Shares are added in a fixed order. A matrix that has converged is recognised by its residual and its
+programs return at once: the host launches `max_steps` passes and never waits.
 """
 
 from __future__ import annotations
@@ -25,24 +25,36 @@ import triton.language as tl
 from torch import Tensor
 
 from ..conventions import compute_dtype
+from .dense import eigenvectors, gram_schmidt, product
 from .ragged import TRITON_DTYPE, device_table, find_item, on_device, pointer, prefix, widen
+from .vectors import (
+    orthonormalise,
+    rotate,
+    rows_of,
+    store_gram,
+    store_rows,
+    store_transposed,
+    uniform,
+)
 
-#: The largest k: 3k vectors fill a tile of 32, the largest whose eigenproblem stays in registers.
+#: The largest k: 3k vectors must fit into a tile of 32, the largest that stays in registers.
 MOST_TRIPLES = 8
 
 # The table of a launch: int64 rows of one number per matrix, then first panels and first column
 # blocks (items + 1 numbers each). Rows:
 #   0 address of W   1 m   2 n   3 shape   4 number of the matrix in the call
-#   5, 6, 7 matrices before it: Σm, Σn, Σ panels·n   8 panels
+#   5, 6, 7 sums over the matrices before it: m, n, panels·n   8 panels
 ROWS = tl.constexpr(9)
 
-# Rows of a panel by the shape of W: narrow, flat, any other; 3 is 2 with every row on a 16-byte
-# boundary. The kernels choose a tile of as many rows by the same number.
-PANEL_ROWS = [64, 4, 16, 16]
-OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
-LONG_OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}  # of one program per matrix
+# Rows and columns of a tile by the shape of W: narrow, flat, any other; 3 is 2 with every row on a
+# 16-byte boundary. A panel has the rows of its tile.
+TILE_ROWS = tl.constexpr((64, 4, 16, 16))
+TILE_COLUMNS = tl.constexpr((32, 512, 128, 128))
 
-# A vector that is this much shorter after orthogonalisation (squared) has nothing new in it.
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+LONG_OPTIONS = {"num_warps": 8, "enable_fp_fusion": True}  # where a program has a whole matrix
+
+# A vector that keeps less than this share of its square has nothing new in it.
 DEPENDENT = tl.constexpr(1e-4)
 
 
@@ -62,29 +74,19 @@ def largest_kernel(
     m = tl.load(table + items + item)
     n = tl.load(table + 2 * items + item)
     kind = tl.load(table + 3 * items + item)
-    if kind == 0:
-        _largest(a, largest + program, panel, m, n, C, 64, 32)
-    elif kind == 1:
-        _largest(a, largest + program, panel, m, n, C, 4, 512)
-    else:
-        _largest(a, largest + program, panel, m, n, C, 16, 128)
-
-
-@triton.jit
-def _largest(a, out, panel, m, n, C: tl.constexpr, PANEL: tl.constexpr, COLUMNS: tl.constexpr):
-    row = panel * PANEL + tl.arange(0, PANEL)
-    top = tl.zeros((PANEL, COLUMNS), C)
-    for first in range(0, n, COLUMNS):
-        x = tl.abs(_tile(a, row, first + tl.arange(0, COLUMNS), m, n, C))
+    rows = panel_rows(kind)
+    end = tl.minimum((panel + 1) * rows, m) * n
+    top = tl.zeros((2048,), C)
+    for first in range(panel * rows * n, end, 2048):
+        index = first + tl.arange(0, 2048)
+        x = tl.abs(widen(tl.load(a + index, mask=index < end, other=0.0), C))
         top = tl.maximum(top, tl.where(x < float("inf"), x, float("inf")))
-    tl.store(out, tl.max(tl.max(top, axis=1), axis=0))
+    tl.store(largest + program, tl.max(top, axis=0))
 
 
 @triton.jit
-def _tile(a, row, column, m, n, C: tl.constexpr):
-    """W[row, column] in C, zero outside."""
-    inside = (row < m)[:, None] & (column < n)[None, :]
-    return widen(tl.load(a + row[:, None] * n + column[None, :], mask=inside, other=0.0), C)
+def panel_rows(kind):
+    return tl.where(kind == 0, TILE_ROWS[0], tl.where(kind == 1, TILE_ROWS[1], TILE_ROWS[2]))
 
 
 @triton.jit(do_not_specialize=["items", "seed"])
@@ -108,15 +110,9 @@ def begin_kernel(
     KP: tl.constexpr = triton.next_power_of_2(K)
     item = tl.program_id(0).to(tl.int64)
     n = tl.load(table + 2 * items + item)
-    first = tl.load(table + ROWS * items + item)
-    end = tl.load(table + ROWS * items + item + 1)
-    lanes = tl.arange(0, BLOCK)
-    top = tl.zeros((BLOCK,), C)
-    for i in range(first, end, BLOCK):
-        top = tl.maximum(top, tl.load(largest + i + lanes, mask=i + lanes < end, other=0.0))
-    top = tl.max(top, axis=0).to(tl.float64)
     # The exponent bits of an fp64 number are that power of two. It and its inverse must be normal
     # numbers of the arithmetic: for W near its limits the largest entry is merely of moderate size.
+    top = _maximum(largest, table + ROWS * items + item, BLOCK).to(tl.float64)
     power = (top.to(tl.int64, bitcast=True) >> 52) << 52
     power = power.to(tl.float64, bitcast=True)
     power = tl.minimum(power, LIMIT)
@@ -126,107 +122,34 @@ def begin_kernel(
 
     place = tl.load(table + 6 * items + item)
     d = basis + place * J + (J - K) * n
-    start += place * K
     matrix = tl.load(table + 4 * items + item).to(tl.uint64)
     base = tl.full((), seed, tl.int64).to(tl.uint64) * 0x9E3779B97F4A7C15
     base += matrix * 0xD1342543DE82EF95
     vector = tl.arange(0, KP)[:, None]
-    for i in range(0, n, BLOCK):
-        row = (i + lanes)[None, :]
-        inside = (vector < K) & (row < n)
+    for first in range(0, n, BLOCK):
+        column = first + tl.arange(0, BLOCK)[None, :]
+        inside = (vector < K) & (column < n)
         if RANDOM:
-            x = _uniform(base, row * K + vector + 1).to(C)
+            x = uniform(base, column * K + vector + 1).to(C)
         else:
-            x = tl.load(start + row * K + vector, mask=inside, other=0.0)
+            x = tl.load(start + place * K + column * K + vector, mask=inside, other=0.0)
             x = tl.where(tl.abs(x) < float("inf"), x, 0.0)
-        tl.store(d + vector * n + row, x, mask=inside)
-    _orthonormal(d, n, K, KP, C, BLOCK)
+        tl.store(d + vector * n + column, x, mask=inside)
+    orthonormalise(d, n, K, KP, C, BLOCK)
+    corner = basis_shares + tl.load(table + (ROWS + 1) * items + 1 + item) * (J * J)
     vector = tl.arange(0, KP)
-    share = basis_shares + tl.load(table + (ROWS + 1) * items + 1 + item) * (J * J)
-    tl.store(share + (J - K + vector) * (J + 1), 1.0, mask=vector < K)
+    tl.store(corner + (J - K + vector) * (J + 1), 1.0, mask=vector < K)
 
 
 @triton.jit
-def _uniform(base, count):
-    """`start_vectors` of the reference: splitmix64's finaliser of base + count·γ, to (−1, 1)."""
-    x = count.to(tl.uint64) * 0x94D049BB133111EB + base
-    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
-    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
-    x = x ^ (x >> 31)
-    return ((x >> 40).to(tl.int32).to(tl.float32) * 2.0 + 1.0) * 5.9604644775390625e-08 - 1.0
-
-
-@triton.jit
-def _orthonormal(
-    x, length, K: tl.constexpr, KP: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr
-):
-    """The K rows of x [K, length] made orthonormal in place.
-
-    Gram–Schmidt in the coordinates of the Gram matrix, again until the rows it started from were far
-    from dependent. A row that leaves nothing is replaced by one of a fixed random basis.
-    """
-    lanes = tl.arange(0, BLOCK)
-    vector = tl.arange(0, KP)
-    # The reference draws [length, K + 1] for matrix −1 under seed 0.
-    base = tl.full((), 0, tl.uint64) - 0xD1342543DE82EF95
-    turn = 0
-    least = 0.0
-    while (least < 0.25) & (turn < 5):
-        tl.debug_barrier()  # x may have been written by another thread
-        gram = tl.zeros((KP, KP), tl.float64)
-        for i in range(0, length, BLOCK):
-            rows = _rows(x, length, i + lanes, K, KP)
-            gram += tl.sum(rows[:, None, :] * rows[None, :, :], axis=2)
-        e, left = _gram_schmidt(gram, KP, 1e-12)
-        lost = (left <= 1e-12) & (vector < K)
-        least = tl.min(tl.where(vector < K, left, 1.0), axis=0)
-        for i in range(0, length, BLOCK):
-            row = i + lanes
-            rows = _rows(x, length, row, K, KP)
-            new = tl.sum(e[:, :, None] * rows[None, :, :], axis=1)
-            fill = _uniform(base, row[None, :] * (K + 1) + vector[:, None] + 1)
-            new = tl.where(lost[:, None], fill.to(tl.float64), new).to(C)
-            inside = (vector < K)[:, None] & (row < length)[None, :]
-            tl.debug_barrier()
-            tl.store(x + vector[:, None] * length + row[None, :], new, mask=inside)
-        base += 0xD1342543DE82EF95  # other numbers, should these be dependent too
-        turn += 1
-    tl.debug_barrier()
-
-
-@triton.jit
-def _rows(x, length, index, COUNT: tl.constexpr, P: tl.constexpr):
-    """x[:, index] of x [COUNT, length] in fp64, zero outside: [P, index]."""
-    i = tl.arange(0, P)[:, None]
-    inside = (i < COUNT) & (index < length)[None, :]
-    return tl.load(x + i * length + index[None, :], mask=inside, other=0.0).to(tl.float64)
-
-
-@triton.jit
-def _gram_schmidt(gram, P: tl.constexpr, LEAST: tl.constexpr):
-    """E [P, P] and q [P] for vectors with this Gram matrix: E·(vectors) is orthonormal, each from
-    itself and those before it; q is what is left of its square. Where q ≤ LEAST, its row is zero."""
-    i = tl.arange(0, P)
-    diagonal = i[:, None] == i[None, :]
-    square = tl.sum(tl.where(diagonal, gram, 0.0), axis=1)
-    usable = (square > 1e-280) & (square < float("inf"))
-    scale = tl.where(usable, 1.0 / tl.sqrt(tl.where(usable, square, 1.0)), 0.0)
-    c = tl.where(usable[:, None] & usable[None, :], gram, 0.0) * scale[:, None] * scale[None, :]
-    e = tl.where(diagonal, scale[:, None], 0.0)
-    left = tl.zeros((P,), tl.float64)
-    for j in range(P):
-        own = (i == j)[:, None]
-        c_j = tl.sum(tl.where(own, c, 0.0), axis=0)
-        e_j = tl.sum(tl.where(own, e, 0.0), axis=0)
-        q = tl.sum(tl.where(i == j, c_j, 0.0), axis=0)
-        inverse = tl.where(q > LEAST, 1.0 / tl.sqrt(tl.where(q > LEAST, q, 1.0)), 0.0)
-        c_j *= inverse
-        e_j *= inverse
-        later = tl.where(i > j, c_j, 0.0)[:, None]  # c is symmetric
-        c -= later * c_j[None, :]
-        e = tl.where(own, e_j[None, :], e - later * e_j[None, :])
-        left = tl.where(i == j, q, left)
-    return e, left
+def _maximum(x, starts, BLOCK: tl.constexpr):
+    """The largest of x from starts[0] to starts[1]; x ≥ 0."""
+    top = tl.zeros((BLOCK,), x.dtype.element_ty)
+    end = tl.load(starts + 1)
+    for first in range(tl.load(starts), end, BLOCK):
+        index = first + tl.arange(0, BLOCK)
+        top = tl.maximum(top, tl.load(x + index, mask=index < end, other=0.0))
+    return tl.max(top, axis=0)
 
 
 @triton.jit(do_not_specialize=["items", "step"])
@@ -235,11 +158,11 @@ def pass_kernel(
     items: tl.int64,
     scale,  # fp64 [items]
     steps,  # int64 [M], of all matrices of the call, updated: passes so far
-    theta,  # fp64 [items, K]: of the Ritz vectors after the last pass
-    residual_shares,  # fp64 [blocks, K]: Σ r² of them
+    theta,  # fp64 [items, K]: of the Ritz vectors of the last step
+    residual_shares,  # fp64 [blocks, K]: of Σ r² of them
     rotation,  # fp64 [items, J, J]: of the last step
-    basis,  # C [Σn·J]: d is read
-    images,  # C [Σm·J], updated: Y
+    basis,  # C [Σn·J]
+    images,  # C [Σm·J], updated
     image_shares,  # fp64 [panels, J, J], written: each panel's share of Y Yᵀ
     shares,  # C [Σ panels·n·K], written: each panel's share [K, n] of Wᵀ(W d)
     column_shares,  # fp64 [Σ panels·n], written if FIRST: each panel's share of Σ_rows |W|
@@ -252,7 +175,7 @@ def pass_kernel(
     J: tl.constexpr,
     FIRST: tl.constexpr,
 ):
-    """y = W d and the shares of z = Wᵀy, for the scaled W and every matrix that has to go on."""
+    """y = W d and the shares of z = Wᵀy, for the scaled W and every matrix that is to go on."""
     program = tl.program_id(0).to(tl.int64)
     item = find_item(table + ROWS * items, items, program)
     panel = program - tl.load(table + ROWS * items + item)
@@ -260,7 +183,7 @@ def pass_kernel(
     if FIRST:
         live = tl.load(scale + item) > 0  # not for NaN
     else:
-        # Panel 0 may have counted this step already. One that fell behind has stopped.
+        # Panel 0 may have counted this step already; what is further behind has stopped before.
         live = tl.load(steps) >= step - 1
         residual = _residual(table, items, item, theta, residual_shares, K, C)
         live = live & ((tol == 0) | (tl.max(residual, axis=0) > tol))
@@ -273,49 +196,44 @@ def pass_kernel(
         inverse = (1.0 / tl.load(scale + item)).to(C)
         d = basis + tl.load(table + 6 * items + item) * J + (J - K) * n
         y = images + tl.load(table + 5 * items + item) * J
-        t = rotation + item * (J * J)
+        P: tl.constexpr = triton.next_power_of_2(J)
+        rows = panel_rows(kind)
+        row = tl.arange(0, 64)
+        row = tl.where(row < rows, panel * rows + row, m)  # a panel has no more than 64
+        if not FIRST:
+            rotated = rotate(rotation + item * (J * J), y, m, row, J, J, P).to(C)
+            tl.debug_barrier()  # every thread has read what is written now
+            store_rows(y, m, row, rotated, J - K, P)
+
         place = tl.load(table + 7 * items + item) + panel * n
         z = shares + place * K
-        columns = column_shares + place
-        gram = image_shares + program * (J * J)
+        column_sums = column_shares + place
         norms = panel_norms + program
         count = tl.num_programs(0)
-        address = tl.load(table + item)
-        a = pointer(address, DTYPE, False)
-        if kind == 0:
-            _pass(
-                a, inverse, d, t, y, z, gram, columns, norms, count, panel, m, n, C, K, J, FIRST,
-                64, 32
-            )  # fmt: skip
-        elif kind == 1:
-            _pass(
-                a, inverse, d, t, y, z, gram, columns, norms, count, panel, m, n, C, K, J, FIRST,
-                4, 512
-            )  # fmt: skip
-        elif kind == 2:
-            _pass(
-                a, inverse, d, t, y, z, gram, columns, norms, count, panel, m, n, C, K, J, FIRST,
-                16, 128
-            )  # fmt: skip
-        else:
-            _pass(
-                pointer(address, DTYPE, True), inverse, d, t, y, z, gram, columns, norms, count,
-                panel, m, tl.multiple_of(n, 8), C, K, J, FIRST, 16, 128
-            )  # fmt: skip
+        for shape in tl.static_range(4):
+            if kind == shape:
+                _pass(
+                    pointer(tl.load(table + item), DTYPE, shape == 3), inverse, d,
+                    y + (J - K) * m, z, column_sums, norms, count, panel, m,
+                    tl.multiple_of(tl.load(table + 2 * items + item), 8 if shape == 3 else 1),
+                    C, K, FIRST, shape
+                )  # fmt: skip
+        tl.debug_barrier()
+        store_gram(y, m, row, image_shares + program * (J * J), J, P)
 
 
 @triton.jit
 def _residual(table, items, item, theta, residual_shares, K: tl.constexpr, C: tl.constexpr):
-    """‖WᵀWv − θv‖/θ₁ of the Ritz vectors of a matrix, zero from K on: [K as a power of two]."""
+    """‖WᵀWv − θv‖/θ₁ of the k Ritz vectors of a matrix, then zero: [K as a power of two]."""
     KP: tl.constexpr = triton.next_power_of_2(K)
-    blocks = table + (ROWS + 1) * items + 1 + item
-    vector = tl.arange(0, KP)
+    starts = table + (ROWS + 1) * items + 1 + item
+    vector = tl.arange(0, KP)[None, :]
     square = tl.zeros((64, KP), tl.float64)
-    end = tl.load(blocks + 1)
-    for first in range(tl.load(blocks), end, 64):
-        block = (first + tl.arange(0, 64))[:, None]
-        inside = (block < end) & (vector < K)[None, :]
-        square += tl.load(residual_shares + block * K + vector[None, :], mask=inside, other=0.0)
+    end = tl.load(starts + 1)
+    for first in range(tl.load(starts), end, 64):
+        block = first + tl.arange(0, 64)[:, None]
+        inside = (block < end) & (vector < K)
+        square += tl.load(residual_shares + block * K + vector, mask=inside, other=0.0)
     top = tl.load(theta + item * K)
     length = tl.sqrt(tl.sum(square, axis=0))
     return tl.where(top > 0, length / tl.where(top > 0, top, 1.0), 0.0).to(C).to(tl.float64)
@@ -326,11 +244,9 @@ def _pass(
     a,
     inverse,
     d,
-    t,
     y,
     z,
-    gram,
-    columns,
+    column_sums,
     norms,
     count,
     panel,
@@ -338,15 +254,14 @@ def _pass(
     n,
     C: tl.constexpr,
     K: tl.constexpr,
-    J: tl.constexpr,
     FIRST: tl.constexpr,
-    PANEL: tl.constexpr,
-    WIDTH: tl.constexpr,
+    SHAPE: tl.constexpr,
 ):
     KP: tl.constexpr = triton.next_power_of_2(K)
-    P: tl.constexpr = triton.next_power_of_2(J)
-    PART: tl.constexpr = WIDTH // (2 * KP if FIRST else KP)  # the extra sums need registers
-    COLUMNS: tl.constexpr = PART if PART > 16 else 16
+    PANEL: tl.constexpr = TILE_ROWS[SHAPE]
+    # There is a sum for each entry of the tile and each direction; FIRST needs registers for more.
+    SPREAD: tl.constexpr = 2 * KP if FIRST else (KP + 1) // 2
+    COLUMNS: tl.constexpr = TILE_COLUMNS[SHAPE] // SPREAD
     row = panel * PANEL + tl.arange(0, PANEL)
     vector = tl.arange(0, KP)[:, None]
     total = tl.zeros((KP, PANEL, COLUMNS), C)
@@ -355,8 +270,8 @@ def _pass(
     blocks = (n + COLUMNS - 1) // COLUMNS
     for b in range(blocks):
         column = b * COLUMNS + tl.arange(0, COLUMNS)
-        inside = (vector < K) & (column < n)[None, :]
         w = _tile(a, row, column, m, n, C) * inverse
+        inside = (vector < K) & (column < n)[None, :]
         x = tl.load(d + vector * n + column[None, :], mask=inside, other=0.0)
         total += w[None, :, :] * x[:, None, :]
         if FIRST:
@@ -364,51 +279,25 @@ def _pass(
             row_sum += tl.sum(tl.abs(w64), axis=1)
             square += tl.sum(w64 * w64, axis=1)
     y_rows = tl.sum(total, axis=2)
+    store_rows(y, m, row, y_rows, K, KP)
     if FIRST:
         tl.store(norms, tl.sum(square, axis=0))
         tl.store(norms + count, tl.max(row_sum, axis=0))
     for b in range(blocks):
         # Backwards: what was read last is the likeliest to be in cache still.
         column = (blocks - 1 - b) * COLUMNS + tl.arange(0, COLUMNS)
-        inside = (vector < K) & (column < n)[None, :]
         w = _tile(a, row, column, m, n, C) * inverse
-        share = tl.sum(w[None, :, :] * y_rows[:, :, None], axis=1)
-        tl.store(z + vector * n + column[None, :], share, mask=inside)
+        store_rows(z, n, column, tl.sum(w[None, :, :] * y_rows[:, :, None], axis=1), K, KP)
         if FIRST:
             w64 = tl.abs(w.to(tl.float64))
-            tl.store(columns + column, tl.sum(w64, axis=0), mask=column < n)
-
-    if not FIRST:
-        i = tl.arange(0, P)[:, None]
-        moved = _combine(t, y, m, row, J, J, P).to(C)
-        tl.debug_barrier()  # every thread has read what is written now
-        tl.store(y + i * m + row[None, :], moved, mask=(i < J - K) & (row < m)[None, :])
-    tl.store(
-        y + (J - K + vector) * m + row[None, :], y_rows, mask=(vector < K) & (row < m)[None, :]
-    )
-    tl.debug_barrier()
-    _store_gram(y, m, row, gram, J, P)
+            tl.store(column_sums + column, tl.sum(w64, axis=0), mask=column < n)
 
 
 @triton.jit
-def _combine(t, x, length, index, COUNT: tl.constexpr, J: tl.constexpr, P: tl.constexpr):
-    """Σ_j t[:, j] x[j, index] over the first COUNT rows of x [·, length]: fp64 [P, index]."""
-    i = tl.arange(0, P)
-    out = tl.zeros((P, index.shape[0]), tl.float64)
-    for j in tl.static_range(COUNT):
-        x_j = tl.load(x + j * length + index, mask=index < length, other=0.0).to(tl.float64)
-        out += tl.load(t + i * J + j, mask=i < J, other=0.0)[:, None] * x_j[None, :]
-    return out
-
-
-@triton.jit
-def _store_gram(x, length, index, out, J: tl.constexpr, P: tl.constexpr):
-    """out[i, j] = Σ over `index` of x[i]·x[j], for x [J, length]."""
-    i = tl.arange(0, P)
-    rows = _rows(x, length, index, J, P)
-    for j in range(J):
-        x_j = tl.load(x + j * length + index, mask=index < length, other=0.0).to(tl.float64)
-        tl.store(out + j * J + i, tl.sum(rows * x_j[None, :], axis=1), mask=i < J)
+def _tile(a, row, column, m, n, C: tl.constexpr):
+    """W[row, column] in C, zero outside."""
+    inside = (row < m)[:, None] & (column < n)[None, :]
+    return widen(tl.load(a + row[:, None] * n + column[None, :], mask=inside, other=0.0), C)
 
 
 @triton.jit(do_not_specialize=["items", "step"])
@@ -425,37 +314,36 @@ def solve_kernel(
     K: tl.constexpr,
     J: tl.constexpr,
 ):
-    """Rayleigh–Ritz: T, whose rows are the new v and, for CG, the new s in coordinates of X."""
+    """Rayleigh–Ritz: the rows of T are the new v and, for CG, the new s in coordinates of X."""
     P: tl.constexpr = triton.next_power_of_2(J)
     item = tl.program_id(0).to(tl.int64)
     if tl.load(steps + tl.load(table + 4 * items + item)) == step:
         i = tl.arange(0, P)
         row, col = i[:, None], i[None, :]
-        y = _sum(image_shares, table + ROWS * items + item, J, P)
         x = _sum(basis_shares, table + (ROWS + 1) * items + 1 + item, J, P)
+        y = _sum(image_shares, table + ROWS * items + item, J, P)
         if not CG:
-            x = tl.where((row >= K) & (col >= K), x, 0.0)  # of d alone
-        e, left = _gram_schmidt(x, P, DEPENDENT)
-        h = _product(_product(e, y, P), tl.trans(e), P)
-        # What was dropped (in the first step: all but d) comes after every singular value.
+            x = tl.where((row >= K) & (col >= K), x, 0.0)  # the span of d alone
+        e, left = gram_schmidt(x, P, DEPENDENT)
+        h = product(product(e, y, P), tl.trans(e), P)
+        # What was dropped (in the first step, all but d) ranks below every θ.
         h = tl.where((row == col) & (left <= DEPENDENT)[:, None], -1.0, h)
-        q, values = _eigenvectors(h, P)
-        before = (values[None, :] > values[:, None]) | (
-            (values[None, :] == values[:, None]) & (col < row)
-        )
+        vectors, values = eigenvectors(h, P)
+        before = values[None, :] > values[:, None]
+        before = before | ((values[None, :] == values[:, None]) & (col < row))
         rank = tl.sum(before.to(tl.int32), axis=1)
         tl.store(theta + item * K + rank, tl.maximum(values, 0.0), mask=rank < K)
 
-        # The top k, and once more for s: the move away from the old v, orthonormal to the new.
-        top = tl.where(i < K, i, tl.where(i < J - K, i - K, -1))
-        best = _product((top[:, None] == rank[None, :]).to(tl.float64), q, P)
-        kept = tl.sum(tl.where(col == top[:, None], best, 0.0), axis=1)
-        begun = tl.sum(tl.where(col == top[:, None] + J - K, best, 0.0), axis=1)
-        negative = tl.where(kept == 0, begun, kept) < 0  # v keeps its sign; at first, that of d
+        # The top k; then, for s, the top k without their parts in the old v, orthonormal to them.
+        wanted = tl.where(i < K, i, tl.where(i < J - K, i - K, -1))[:, None]
+        best = product((wanted == rank[None, :]).to(tl.float64), vectors, P)
+        old = tl.sum(tl.where(col == wanted, best, 0.0), axis=1)
+        new = tl.sum(tl.where(col == wanted + J - K, best, 0.0), axis=1)
+        negative = tl.where(old == 0, new, old) < 0  # v keeps its sign; the first has that of d
         best = tl.where(negative[:, None], -best, best)
         best = tl.where((row >= K) & (col < K), 0.0, best)
-        f, _ = _gram_schmidt(_product(best, tl.trans(best), P), P, DEPENDENT)
-        t = _product(_product(f, best, P), e, P)
+        f, _ = gram_schmidt(product(best, tl.trans(best), P), P, DEPENDENT)
+        t = product(product(f, best, P), e, P)
         tl.store(rotation + item * (J * J) + row * J + col, t, mask=(row < J) & (col < J))
 
 
@@ -464,63 +352,14 @@ def _sum(shares, starts, J: tl.constexpr, P: tl.constexpr):
     """Σ of shares [·, J, J] from starts[0] to starts[1]: [P, P], zero from J on."""
     COUNT: tl.constexpr = 2048 // (P * P)
     i = tl.arange(0, P)
-    entry = i[:, None] * J + i[None, :]
-    inside = (i < J)[:, None] & (i < J)[None, :]
+    entry = (i[:, None] * J + i[None, :])[None, :, :]
+    inside = ((i < J)[:, None] & (i < J)[None, :])[None, :, :]
     total = tl.zeros((COUNT, P, P), tl.float64)
     end = tl.load(starts + 1)
     for first in range(tl.load(starts), end, COUNT):
-        k = (first + tl.arange(0, COUNT))[:, None, None]
-        total += tl.load(
-            shares + k * (J * J) + entry[None, :, :], mask=(k < end) & inside[None, :, :], other=0.0
-        )
+        share = (first + tl.arange(0, COUNT))[:, None, None]
+        total += tl.load(shares + share * (J * J) + entry, mask=(share < end) & inside, other=0.0)
     return tl.sum(total, axis=0)
-
-
-@triton.jit
-def _product(a, b, P: tl.constexpr):
-    if P > 16:
-        return tl.dot(a, b, input_precision="ieee", out_dtype=tl.float64)
-    return tl.sum(a[:, :, None] * b[None, :, :], axis=1)
-
-
-@triton.jit
-def _eigenvectors(h, P: tl.constexpr):
-    """Unit eigenvectors (rows) and eigenvalues of a symmetric matrix: Jacobi, P/2 rotations at once.
-
-    The partners of a round differ by exclusive or with its number: in P − 1 rounds every pair meets.
-    """
-    i = tl.arange(0, P)
-    row, col = i[:, None], i[None, :]
-    q = tl.where(row == col, 1.0, 0.0).to(tl.float64)
-    sweep = 0
-    while (sweep < 12) & _is_full(h, P):
-        for turn in range(1, P):
-            partner = i ^ turn
-            across = tl.sum(tl.where(col == partner[:, None], h, 0.0), axis=1)
-            own = tl.sum(tl.where(row == col, h, 0.0), axis=1)
-            other = tl.gather(own, partner, axis=0)
-            tau = (other - own) / tl.where(across == 0, 1.0, 2.0 * across)
-            up = (tau > 0) | ((tau == 0) & (i < partner))
-            tan = tl.where(up, 1.0, -1.0) / (tl.abs(tau) + tl.sqrt(1.0 + tau * tau))
-            tan = tl.where(across == 0, 0.0, tan)
-            cos = 1.0 / tl.sqrt(1.0 + tan * tan)
-            sin = cos * tan
-            rows = tl.broadcast_to(partner[:, None], (P, P))
-            h = cos[:, None] * h - sin[:, None] * tl.gather(h, rows, axis=0)
-            q = cos[:, None] * q - sin[:, None] * tl.gather(q, rows, axis=0)
-            h = cos[None, :] * h - sin[None, :] * tl.gather(h, tl.trans(rows), axis=1)
-            h = tl.where(col == partner[:, None], 0.0, h)
-        sweep += 1
-    return q, tl.sum(tl.where(row == col, h, 0.0), axis=1)
-
-
-@triton.jit
-def _is_full(h, P: tl.constexpr):
-    """Whether anything stands off the diagonal that would change the eigenvectors."""
-    i = tl.arange(0, P)
-    square = h * h
-    off = tl.where(i[:, None] == i[None, :], 0.0, square)
-    return tl.sum(tl.sum(off, axis=1), axis=0) > 1e-44 * tl.sum(tl.sum(square, axis=1), axis=0)
 
 
 @triton.jit(do_not_specialize=["items", "step"])
@@ -531,8 +370,8 @@ def update_kernel(
     theta,  # fp64 [items, K]
     rotation,  # fp64 [items, J, J]
     shares,  # C [Σ panels·n·K]
-    basis,  # C [Σn·J], updated: X
-    products,  # C [Σn·(J − K)], updated: Z of v and, for CG, of s
+    basis,  # C [Σn·J], updated
+    products,  # C [Σn·(J − K)], updated: Z but for d
     basis_shares,  # fp64 [blocks, J, J], written: each block's share of X Xᵀ
     residual_shares,  # fp64 [blocks, K], written: each block's share of Σ r²
     column_shares,  # fp64 [Σ panels·n], read if FIRST
@@ -558,40 +397,39 @@ def update_kernel(
         panels = tl.load(table + 8 * items + item)
         column = (program - tl.load(starts + item)) * COLUMNS + tl.arange(0, COLUMNS)
         i = tl.arange(0, P)
-        row = i[:, None]
         t = rotation + item * (J * J)
         x = basis + place_n * J
         z = products + place_n * (J - K)
 
-        new_x = _combine(t, x, n, column, J, J, P).to(C)
-        new_z = _combine(t, z, n, column, J - K, J, P)
+        new_x = rotate(t, x, n, column, J, J, P).to(C)
+        new_z = rotate(t, z, n, column, J - K, J, P)
         for c in tl.static_range(K):
-            z_c = _gather(shares + place * K + c * n, K * n, column, n, panels, C, COLUMNS)
+            z_c = _gather(shares + place * K + c * n, K * n, column, n, panels, COLUMNS)
             t_c = tl.load(t + i * J + (J - K + c), mask=i < J, other=0.0)
             new_z += t_c[:, None] * z_c.to(tl.float64)[None, :]
         new_z = new_z.to(C)
         value = tl.load(theta + item * K + i, mask=i < K, other=0.0)[:, None]
-        r = tl.where(row < K, new_z.to(tl.float64) - value * new_x.to(tl.float64), 0.0)
+        r = new_z.to(tl.float64) - value * new_x.to(tl.float64)
         tl.store(residual_shares + program * K + i, tl.sum(r * r, axis=1), mask=i < K)
         if not CG:
-            # d = z, but a z that is all rounding points to the others: there v is kept with it.
+            # d = z. But z is all rounding, and near the others, where θ is: there v holds it up.
             least = 16 * EPS * tl.load(theta + item * K)
             r += tl.maximum(value, tl.where(least > 0, least, 1.0)) * new_x.to(tl.float64)
-        inside = (column < n)[None, :]
         tl.debug_barrier()  # every thread has read what is written now
-        tl.store(x + row * n + column[None, :], new_x, mask=(row < J - K) & inside)
-        tl.store(x + (J - K + row) * n + column[None, :], r.to(C), mask=(row < K) & inside)
-        tl.store(z + row * n + column[None, :], new_z, mask=(row < J - K) & inside)
+        store_rows(x, n, column, new_x, J - K, P)
+        store_rows(x + (J - K) * n, n, column, r.to(C), K, P)
+        store_rows(z, n, column, new_z, J - K, P)
         tl.debug_barrier()
-        _store_gram(x, n, column, basis_shares + program * (J * J), J, P)
+        store_gram(x, n, column, basis_shares + program * (J * J), J, P)
         if FIRST:
-            sums = _gather(column_shares + place, n, column, n, panels, tl.float64, COLUMNS)
+            sums = _gather(column_shares + place, n, column, n, panels, COLUMNS)
             tl.store(column_norms + program, tl.max(sums, axis=0))
 
 
 @triton.jit
-def _gather(shares, stride, column, n, panels, C: tl.constexpr, COLUMNS: tl.constexpr):
-    total = tl.zeros((16, COLUMNS), C)
+def _gather(shares, stride, column, n, panels, COLUMNS: tl.constexpr):
+    """Σ over panels of shares[panel, column], rows `stride` apart."""
+    total = tl.zeros((16, COLUMNS), shares.dtype.element_ty)
     for first in range(0, panels, 16):
         panel = first + tl.arange(0, 16)
         inside = (panel < panels)[:, None] & (column < n)[None, :]
@@ -627,79 +465,57 @@ def finish_kernel(
 ):
     """σ = ‖W v‖, u = W v/σ, the bound from above; NaN for a matrix that is not finite."""
     KP: tl.constexpr = triton.next_power_of_2(K)
-    P: tl.constexpr = triton.next_power_of_2(J)
     item = tl.program_id(0).to(tl.int64)
     m = tl.load(table + items + item)
     n = tl.load(table + 2 * items + item)
+    place = tl.load(table + 4 * items + item)
     place_m = tl.load(table + 5 * items + item)
     place_n = tl.load(table + 6 * items + item)
-    place = tl.load(table + 4 * items + item)
-    y = images + place_m * J
-    t = rotation + item * (J * J)
     power = tl.load(scale + item)
     finite = power > 0
-    lanes = tl.arange(0, BLOCK)
+    y = images + place_m * J
     vector = tl.arange(0, KP)
 
-    square = tl.zeros((P,), tl.float64)
-    i = tl.arange(0, P)
+    square = tl.zeros((KP,), tl.float64)
     for first in range(0, m, BLOCK):
-        row = first + lanes
-        new = _combine(t, y, m, row, J, J, P).to(C)
-        square += tl.sum(new.to(tl.float64) * new.to(tl.float64), axis=1)
-        tl.debug_barrier()
-        inside = (i < K)[:, None] & (row < m)[None, :]
-        tl.store(y + i[:, None] * m + row[None, :], new, mask=inside)
-    length = tl.sqrt(tl.where(i < K, square, 0.0))
-    tl.store(sigma + place * K + i, tl.where(finite, length * power, float("nan")), mask=i < K)
-    # A σ that is all rounding has no u: any completes the basis.
-    least = tl.max(length, axis=0) * tl.minimum(EPS * tl.maximum(m, n).to(tl.float64), 0.01)
-    for first in range(0, m, BLOCK):
-        row = (first + lanes)[None, :]
-        inside = ((i < K) & (length <= least))[:, None] & (row < m)
-        tl.store(y + i[:, None] * m + row, tl.zeros((P, BLOCK), C), mask=inside)
+        index = first + tl.arange(0, BLOCK)
+        rows = rotate(rotation + item * (J * J), y, m, index, J, J, KP).to(C)
+        square += tl.sum(rows.to(tl.float64) * rows.to(tl.float64), axis=1)
+        tl.debug_barrier()  # every thread has read what is written now
+        store_rows(y, m, index, rows, K, KP)
+    length = tl.sqrt(tl.where(vector < K, square, 0.0))
+    out = tl.where(finite, length * power, float("nan"))
+    tl.store(sigma + place * K + vector, out, mask=vector < K)
     if finite:
-        _orthonormal(y, m, K, KP, C, BLOCK)
-    _transpose(y, u + place_m * K, m, finite, K, KP, BLOCK)
-    _transpose(basis + place_n * J, v + place_n * K, n, finite, K, KP, BLOCK)
+        # A σ that is all rounding has no u of its own: any vector completes the basis.
+        least = tl.max(length, axis=0) * tl.minimum(EPS * tl.maximum(m, n).to(tl.float64), 0.01)
+        tl.debug_barrier()
+        for first in range(0, m, BLOCK):
+            index = first + tl.arange(0, BLOCK)
+            rows = tl.where((length > least)[:, None], rows_of(y, m, index, K, KP), 0.0)
+            tl.debug_barrier()
+            store_rows(y, m, index, rows.to(C), K, KP)
+        orthonormalise(y, m, K, KP, C, BLOCK)
+    store_transposed(y, u + place_m * K, m, finite, K, KP, BLOCK)
+    store_transposed(basis + place_n * J, v + place_n * K, n, finite, K, KP, BLOCK)
 
-    first = tl.load(table + ROWS * items + item)
-    end = tl.load(table + ROWS * items + item + 1)
+    starts = table + ROWS * items + item
+    end = tl.load(starts + 1)
     squares = tl.zeros((BLOCK,), tl.float64)
-    rows = tl.zeros((BLOCK,), tl.float64)
-    columns = tl.zeros((BLOCK,), tl.float64)
-    for panel in range(first, end, BLOCK):
-        inside = panel + lanes < end
-        squares += tl.load(panel_norms + panel + lanes, mask=inside, other=0.0)
-        part = tl.load(panel_norms + panels + panel + lanes, mask=inside, other=0.0)
-        rows = tl.maximum(rows, part)
-    first = tl.load(table + (ROWS + 1) * items + 1 + item)
-    end = tl.load(table + (ROWS + 1) * items + 2 + item)
-    for block in range(first, end, BLOCK):
-        part = tl.load(column_norms + block + lanes, mask=block + lanes < end, other=0.0)
-        columns = tl.maximum(columns, part)
-    bound = tl.sqrt(tl.max(rows, axis=0) * tl.max(columns, axis=0))
-    bound = tl.minimum(bound, tl.sqrt(tl.sum(squares, axis=0)))
+    for first in range(tl.load(starts), end, BLOCK):
+        index = first + tl.arange(0, BLOCK)
+        squares += tl.load(panel_norms + index, mask=index < end, other=0.0)
+    rows_norm = _maximum(panel_norms + panels, starts, BLOCK)
+    columns_norm = _maximum(column_norms, table + (ROWS + 1) * items + 1 + item, BLOCK)
+    bound = tl.minimum(tl.sqrt(rows_norm * columns_norm), tl.sqrt(tl.sum(squares, axis=0)))
     # Not less for the rounding of scaled entries and of at most m + n + 64 additions.
     bound *= 1.0 + 4.0 * EPS + (m + n + 64).to(tl.float64) * 2.220446049250313e-16
     tl.store(upper + place, tl.where(finite, bound * power, float("nan")))
 
-    rho = _residual(table, items, item, theta, residual_shares, K, C)
-    stop = finite & (tl.max(rho, axis=0) <= tol)
-    rho = tl.where(finite, rho, float("nan"))
-    tl.store(residual_out + place * K + vector, rho, mask=vector < K)
-    tl.store(converged + place, stop.to(tl.int8))
-
-
-@triton.jit
-def _transpose(x, out, length, finite, K: tl.constexpr, KP: tl.constexpr, BLOCK: tl.constexpr):
-    """out [length, K] = xᵀ of x [K, length], or NaN."""
-    vector = tl.arange(0, KP)[:, None]
-    for first in range(0, length, BLOCK):
-        row = (first + tl.arange(0, BLOCK))[None, :]
-        inside = (vector < K) & (row < length)
-        part = tl.load(x + vector * length + row, mask=inside, other=0.0)
-        tl.store(out + row * K + vector, tl.where(finite, part, float("nan")), mask=inside)
+    residual = _residual(table, items, item, theta, residual_shares, K, C)
+    tl.store(converged + place, (finite & (tl.max(residual, axis=0) <= tol)).to(tl.int8))
+    residual = tl.where(finite, residual, float("nan"))
+    tl.store(residual_out + place * K + vector, residual, mask=vector < K)
 
 
 def power_iteration(
@@ -799,7 +615,7 @@ def _one_dtype(
             )  # fmt: skip
             solve_kernel[(items,)](
                 table, items, steps, image_shares, basis_shares, rotation, theta, step,
-                CG=cg, **shape, **OPTIONS
+                CG=cg, **shape, **solve_options(k)
             )  # fmt: skip
             update_kernel[(blocks,)](
                 table, items, steps, theta, rotation, shares, basis, products, basis_shares,
@@ -814,6 +630,11 @@ def _one_dtype(
     us = [x.view(w.shape[0], w.shape[1], k) for x, w in zip(u.split(lengths_m), weights)]
     vs = [x.view(w.shape[0], w.shape[2], k) for x, w in zip(v.split(lengths_n), weights)]
     return us, vs
+
+
+def solve_options(k: int) -> dict[str, Any]:
+    """A tile of 32 × 32 needs the registers of more threads."""
+    return OPTIONS if 3 * k <= 16 else LONG_OPTIONS
 
 
 def update_columns(j: int) -> int:
@@ -843,7 +664,7 @@ def _table(
         kind = (
             0 if n <= 64 else 1 if m <= 4 else 3 if even and m * n * element_size % 16 == 0 else 2
         )
-        panels = triton.cdiv(m, PANEL_ROWS[kind])
+        panels = triton.cdiv(m, TILE_ROWS.value[kind])
         for b in range(batch):
             matrix = (address + b * m * n * element_size, m, n, kind, number + b)
             row = (*matrix, place_m, place_n, place_shares, panels)
@@ -886,6 +707,6 @@ def samples() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]
         if dtype == tl.float32:
             begin = {"C": C, "RANDOM": True, "LIMIT": 2.0**124}
             add(begin_kernel, c, LONG_OPTIONS, **begin, **shape, **block)
-            add(solve_kernel, c, OPTIONS, **shape, CG=True)
+            add(solve_kernel, c, solve_options(k), **shape, CG=True)
             add(finish_kernel, c, LONG_OPTIONS, **eps, **shape, **block)
     return out
