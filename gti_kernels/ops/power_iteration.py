@@ -15,6 +15,8 @@ from ..reference import power_iteration as reference
 from .arguments import check_float_tensors, subclasses, tensor_list
 from .library import is_plain_eager, refuse_derivative, register
 
+MOST_TRIPLES_OF_TRITON = 8
+
 Outputs = tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor, Tensor, Tensor]
 
 
@@ -59,7 +61,7 @@ def power_iteration(
             passes.
         start: an earlier result for weights of the same shapes; its v is where the iteration
             begins. Otherwise v is random from `seed` and the number of the matrix.
-        backend: "auto", "reference", "cpu" or "triton" (the last two for k = 1); see
+        backend: "auto", "reference", "cpu" (for k = 1) or "triton" (for k ≤ 8); see
             `gti_kernels.explain`.
 
     Returns:
@@ -215,8 +217,13 @@ def limits_of_power_iteration(
                 f"power_iteration: k must be an integer between 1 and min(m, n) = {min(m, n)} of "
                 f"weights[{i}], got {k!r}"
             )
-    reason = "it finds one triple a matrix, k = 1" if k > 1 else subclasses(weights=ws)
-    return ws[0].device, {} if reason is None else {"cpu": reason, "triton": reason}
+    reason = subclasses(weights=ws)
+    limits = {} if reason is None else {"cpu": reason, "triton": reason}
+    if k > 1:
+        limits["cpu"] = "it finds one triple a matrix, k = 1"
+    if k > MOST_TRIPLES_OF_TRITON:
+        limits["triton"] = f"it finds at most {MOST_TRIPLES_OF_TRITON} triples a matrix"
+    return ws[0].device, limits
 
 
 def _power_iteration(

@@ -37,9 +37,6 @@ from .vectors import (
     uniform,
 )
 
-#: The largest k: 3k vectors must fit into a tile of 32, the largest that stays in registers.
-MOST_TRIPLES = 8
-
 # The table of a launch: int64 rows of one number per matrix, then first panels and first column
 # blocks (items + 1 numbers each). Rows:
 #   0 address of W   1 m   2 n   3 shape   4 number of the matrix in the call
@@ -530,7 +527,8 @@ def power_iteration(
     """σ [M, k], u, v (lists of [B, m, k], [B, n, k]), residual [M, k], steps, converged, upper [M].
 
     weights: tensors [B, m, n], each with its own B, m, n and dtype, M matrices in all; start:
-    tensors [B, n, k] or None (random). σ, residual and upper are fp64. k ≤ MOST_TRIPLES.
+    tensors [B, n, k] or None (random). σ, residual and upper are fp64. k ≤ 8:
+    3k vectors must fit into a tile of 32, the largest that stays in registers.
     """
     device = weights[0].device
     numbers = prefix([w.shape[0] for w in weights])  # of the first matrix of each tensor

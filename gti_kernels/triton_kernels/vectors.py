@@ -1,7 +1,7 @@
-"""Blocks of row vectors x [count, length] in memory, count padded to P, a power of two, in a program.
+"""Blocks of row vectors, x [count, length] in memory; a program holds [P, index], P a power of two.
 
-Every thread must have read what is written: a barrier stands before each store in place, and after
-it where others read on.
+The threads that store an entry are not those that loaded it: a barrier stands before every store in
+place, and after it where the entries are read again.
 """
 
 from __future__ import annotations
