@@ -290,10 +290,10 @@ def run(op, ws: list[Tensor], **settings):  # type: ignore[no-untyped-def]
 
 # Narrow, flat, line by line on 16-byte boundaries, or not; tails everywhere; k = min(m, n).
 RAGGED = {
-    1: [(20, 30), (130, 7), (3, 1100), (17, 136), (5, 300), (9, 1), (1, 90), (1, 1)],
-    2: [(70, 9), (4, 520), (18, 72), (2, 70), (5, 2)],
-    3: [(4, 513), (17, 67), (9, 20)],
-    4: [(20, 66), (4, 515), (6, 4)],
+    1: [(70, 30), (3, 1100), (17, 136), (17, 265), (9, 1), (1, 1)],
+    2: [(70, 9), (4, 520), (18, 72), (2, 67)],
+    3: [(17, 67)],
+    4: [(4, 515), (6, 4)],
     8: [(19, 66)],
 }
 
@@ -317,17 +317,15 @@ def triples(k: int, method: str, steps: int) -> testing.Sample:
         ("float32", 1, "cg"),
         ("bfloat16", 1, "cg"),
         ("float16", 1, "power"),
-        ("float64", 2, "cg"),
         ("float64", 2, "power"),
         ("bfloat16", 2, "cg"),
         ("float32", 3, "cg"),
-        ("float32", 4, "cg"),
-        ("float32", 4, "power"),
-        ("float32", 8, "cg"),
+        ("float64", 4, "cg"),
+        ("float32", 8, "power"),
     ],
 )
 def test_power_iteration_parity(dtype: str, k: int, method: str) -> None:
-    cases = [triples(k, method, 2 if k == 8 else 3)]
+    cases = [triples(k, method, 3 if k == 1 else 2)]
     for c in testing.compare("power_iteration", dtype, "triton", DEVICE.type, cases):
         assert c.error <= c.bound, c
 
@@ -336,7 +334,7 @@ def test_power_iteration_of_mixed_dtypes_and_twice_the_same_bits() -> None:
     """A list is as its parts are, one dtype at a time, and the same bits each time."""
     ws = weights([(1, 12, 9), (2, 5, 70), (1, 20, 8), (1, 6, 6)], DTYPES)
     start = [normal((w.shape[0], w.shape[2], 2), torch.float64, 7) for w in ws]
-    settings = {"k": 2, "max_steps": 3}
+    settings = {"k": 2, "max_steps": 2}
     got = run(power_iteration, ws, start=start, **settings)
     again = run(power_iteration, copies(ws), start=start, **settings)
     index = 0
@@ -352,20 +350,20 @@ def test_power_iteration_of_mixed_dtypes_and_twice_the_same_bits() -> None:
 
 @pytest.mark.parametrize("method", ["cg", "power"])
 def test_triples_of_known_spectra(method: str) -> None:
-    """Ties, rank below k, k = min(m, n), zero: orthonormal vectors, σ of the SVD, W v = σ u."""
-    spectra = [[2.0, 2.0, 1.0, 0.5], [3.0, 0.02], [1.0], [2.0] * 4, [5.0, 4.0, 3e-5, 2e-5]]
-    ws = [testing.with_spectrum(torch.tensor(s), 4, 6, seed=i) for i, s in enumerate(spectra)]
-    ws.append(torch.zeros(4, 6, dtype=torch.float64))
+    """Ties, rank below k, k = min(m, n), W = 0: orthonormal vectors, σ of the SVD, W v = σ u."""
+    spectra = [[2.0, 2.0, 0.1], [1.0], [2.0] * 3, [5.0, 3e-5, 1e-6]]
+    ws = [testing.with_spectrum(torch.tensor(s), 3, 5, seed=i) for i, s in enumerate(spectra)]
+    ws.append(torch.zeros(3, 5, dtype=torch.float64))
     stack = torch.stack(ws).to(DEVICE)
-    for w in (stack, stack.mT.contiguous()) if method == "cg" else (stack,):
+    for w, k in ((stack, 2), (stack.mT.contiguous(), 3))[:: 1 if method == "cg" else 2]:
         sigma, (u,), (v,), residual, _, converged, upper = run(
-            power_iteration, [w], k=4, method=method, max_steps=40, tol=1e-6
+            power_iteration, [w], k=k, method=method, max_steps=30, tol=1e-6
         )
-        top = torch.linalg.svdvals(w.cpu()).to(DEVICE)
+        top = torch.linalg.svdvals(w.cpu())[:, :k].to(DEVICE)
         assert converged.all() and (residual <= 1e-6).all() and (upper >= top[:, 0]).all()
         assert (sigma - top).abs().max() <= 1e-5 and (sigma.diff() <= 1e-9).all()
         assert (sigma[:, 0] <= top[:, 0] * (1 + 1e-14)).all()
-        eye = torch.eye(4, dtype=torch.float64, device=DEVICE)
+        eye = torch.eye(k, dtype=torch.float64, device=DEVICE)
         assert (u.mT @ u - eye).abs().max() <= 1e-12 and (v.mT @ v - eye).abs().max() <= 1e-12
         assert torch.allclose(w @ v, sigma[:, None, :] * u, atol=1e-9)
 
