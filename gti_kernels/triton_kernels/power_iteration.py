@@ -10,6 +10,8 @@ with their images Y = X Wᵀ, Z = Y W. d are the k directions of the pass. One s
           the block's share of the Gram matrix X Xᵀ
 
 X is only about orthonormal: its Gram matrix is measured, and solve orthonormalises in coordinates.
+So a direction that is all but dependent on the others is left out (see `least_share`): in fp64 with
+k > 1 the last digits may take a step more than in the reference, which works on the vectors.
 Shares are added in a fixed order. A matrix that has converged is recognised by its residual and its
 programs return at once: the host launches `max_steps` passes and never waits.
 """
