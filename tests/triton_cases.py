@@ -366,11 +366,14 @@ def test_triples_of_known_spectra(method: str) -> None:
     ws.append(torch.zeros(3, 5, dtype=torch.float64))
     stack = torch.stack(ws).to(DEVICE)
     w = stack if method == "cg" else stack.mT.contiguous()
+    # The power method with a fixed number of steps: those after convergence must do no harm.
+    settings = {"max_steps": 30, "tol": 1e-6} if method == "cg" else {"max_steps": 6}
     sigma, (u,), (v,), residual, _, converged, upper = run(
-        power_iteration, [w], k=2, method=method, max_steps=30, tol=1e-6
+        power_iteration, [w], k=2, method=method, **settings
     )
     top = torch.linalg.svdvals(w.cpu())[:, :2].to(DEVICE)
-    assert converged.all() and (residual <= 1e-6).all() and (upper >= top[:, 0]).all()
+    assert converged.all() or method == "power"
+    assert (residual <= 1e-6).all() and (upper >= top[:, 0]).all()
     assert (sigma - top).abs().max() <= 1e-5 and (sigma.diff() <= 1e-9).all()
     assert (sigma[:, 0] <= top[:, 0] * (1 + 1e-14)).all()
     eye = torch.eye(2, dtype=torch.float64, device=DEVICE)
@@ -454,6 +457,9 @@ def test_power_iteration_starts_as_the_reference_does() -> None:
                 x = ref_power.start_vectors(seed, index, w.shape[2], 1, DEVICE).double()
                 assert torch.allclose(got[2][t][b], x / x.norm(), rtol=1e-15, atol=1e-16)
                 index += 1
+    many = [normal((8, 3, 4), torch.float64, 5)]
+    got, expected = (run(op, many, max_steps=3)[2][0] for op in (power_iteration, ref_power))
+    assert ((got * expected).sum(1) > 0.9).all()  # v keeps its sign
     start = [torch.zeros(2, 70, 1, dtype=torch.float64, device=DEVICE)]
     start[0][1, 3] = -2.0
     got = run(power_iteration, ws[:1], max_steps=1, start=start)
