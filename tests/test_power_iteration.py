@@ -202,6 +202,7 @@ def test_large_matrices(shape, threads):
         (torch.float16, 6e4),
         (torch.float16, 1e-6),
         (torch.float64, 1e300),
+        (torch.float64, 1e100),
         (torch.float64, 1e-300),
         (torch.float64, 1e-320),
     ],
