@@ -121,7 +121,7 @@ def test_twenty_thousand_matrices_lie_within_their_bounds(dtype):
         assert bool((nearest <= (residual + 64 * eps) * sigma.square()).all())
         # A start nearly orthogonal to v₁ may settle on a neighbour of σ₁ in a cluster.
         torch.testing.assert_close(sigma, true[:, 0], rtol=1e-2, atol=0)
-    assert slow <= 5  # clusters at the top, tighter than 1e-4
+    assert slow <= 10  # of 5,000: clusters at the top, tighter than 1e-4
 
 
 # ---- prescribed spectra --------------------------------------------------------------------------

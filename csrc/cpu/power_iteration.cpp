@@ -842,7 +842,11 @@ std::vector<double> start_from_gram(const Matrix<T>& matrix, const Settings& set
   // Its singular vectors are those of W: WᵀW squares σ, so few steps do.
   int64_t steps;
   bool converged;
-  PowerIterationItem item{DType::f64, 1, s, s, gram.data(), nullptr};
+  PowerIterationItem item{};
+  item.dtype = DType::f64;
+  item.batch = 1;
+  item.m = item.n = s;
+  item.w = gram.data();
   item.u = spare.data();
   item.v = top.data();
   item.sigma = spare.data() + s * k;

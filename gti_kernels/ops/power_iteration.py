@@ -60,7 +60,9 @@ def power_iteration(
         max_steps: most passes over a matrix. tol: on the residual; 0 means exactly max_steps
             passes.
         start: an earlier result for weights of the same shapes; its v is where the iteration
-            begins. Otherwise v is random from `seed` and the number of the matrix.
+            begins. A v that is still a singular vector, but no longer that of the largest σ (a
+            step along u vᵀ does that), has no residual and is not left. Otherwise v is random from
+            `seed` and the number of the matrix.
         backend: "auto", "reference", "cpu" (k ≤ 16), "triton" (k ≤ 8) or "cuda" (k = 1); see
             `gti_kernels.explain`.
 
