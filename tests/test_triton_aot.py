@@ -134,5 +134,7 @@ def test_aligned_blocks_are_read_in_16_byte_pieces(compiled: list[Compiled]) -> 
     for c in compiled:
         if "ALIGNED" in c.constants:
             assert bool(re.search(wide, c.ptx)) == (c.constants["ALIGNED"] == "True"), str(c)
-        if c.kernel == "pass_kernel":
+        if c.kernel == "pass_kernel" and (
+            c.constants["K"] == "1" or c.constants["FIRST"] == "False"
+        ):
             assert re.search(wide, c.ptx), str(c)

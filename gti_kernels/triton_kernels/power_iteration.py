@@ -650,7 +650,8 @@ def update_columns(j: int) -> int:
 
 def long_block(k: int, longest: int) -> int:
     """Entries of a vector to a turn of the kernels with one program per matrix."""
-    return min(2048 // triton.next_power_of_2(k) ** 2, max(64, triton.next_power_of_2(longest)))
+    fit = min(1024, 2048 // triton.next_power_of_2(k) ** 2)
+    return min(fit, max(64, triton.next_power_of_2(longest)))
 
 
 def _signed(seed: int) -> int:
