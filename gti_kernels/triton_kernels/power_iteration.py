@@ -650,7 +650,7 @@ def update_columns(j: int) -> int:
 
 def long_block(k: int, longest: int) -> int:
     """Entries of a vector to a turn of the kernels with one program per matrix."""
-    fit = min(1024, 2048 // triton.next_power_of_2(k) ** 2)
+    fit = min(512, 2048 // triton.next_power_of_2(k) ** 2)
     return min(fit, max(64, triton.next_power_of_2(longest)))
 
 
