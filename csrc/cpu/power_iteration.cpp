@@ -542,7 +542,7 @@ GTI_INLINE void gram_panel_any(const T* w, int64_t n, bool tall, int64_t s, int6
     }
 }
 
-// out [n] += Σ_i c_i w_i of the m rows of w, columns [begin, end).
+// out [n] = Σ_i c_i w_i of the m rows of w, columns [begin, end).
 template <class T>
 GTI_INLINE void combine_rows_any(const T* w, int64_t m, int64_t n, const double* c, int64_t stride,
                                  int64_t begin, int64_t end, double* out) {
@@ -858,14 +858,17 @@ std::vector<double> start_from_gram(const Matrix<T>& matrix, const Settings& set
   run_small(Matrix<double>{item, 0, matrix.number},
             Settings{set.k, PowerMethod::cg, 1000, 1e-10, set.seed}, gram.data(), work);
   if (tall) return top;
-  std::vector<double> v(n * k), column(n);
-  for (int64_t c = 0; c < k; ++c) {
+  std::vector<double> v(n * k), columns(k * n);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
-    for (int64_t b = 0; b < segments; ++b)
-      combine_rows(matrix.w(), m, n, top.data() + c, k, b * kGramSegment,
-                   std::min(n, (b + 1) * kGramSegment), column.data());
-    for (int64_t j = 0; j < n; ++j) v[j * k + c] = column[j];
+  for (int64_t b = 0; b < segments; ++b) {
+    const int64_t end = std::min(n, (b + 1) * kGramSegment);
+    for (int64_t at = b * kGramSegment; at < end; at += kGramPanel)  // in cache for all vectors
+      for (int64_t c = 0; c < k; ++c)
+        combine_rows(matrix.w(), m, n, top.data() + c, k, at, std::min(end, at + kGramPanel),
+                     columns.data() + c * n);
   }
+  for (int64_t c = 0; c < k; ++c)
+    for (int64_t j = 0; j < n; ++j) v[j * k + c] = columns[c * n + j];
   return v;
 }
 
