@@ -119,34 +119,31 @@ py::object new_tensor(const std::vector<int64_t>& shape, T** data) {
   constexpr uint8_t kCode = std::is_same_v<T, bool>      ? kBool
                             : std::is_same_v<T, int64_t> ? kInt
                                                          : kFloat;
-  // One block of memory: this head, the elements, shape and strides.
-  struct alignas(64) Head {
-    ManagedTensor managed;
-    static void free(ManagedTensor* m) { ::operator delete(m, std::align_val_t(alignof(Head))); }
-  };
+  // One block of memory: the head, shape and strides, and the elements at a multiple of 64 bytes.
+  // (An aligned operator new would miss the allocator's quick lists.)
   const size_t ndim = shape.size();
   size_t count = 1;
   for (int64_t n : shape) count *= n;
-  const size_t bytes = (count * sizeof(T) + 63) / 64 * 64;
-  void* block = ::operator new(sizeof(Head) + bytes + 2 * ndim * sizeof(int64_t),
-                               std::align_val_t(alignof(Head)));
-  *data = reinterpret_cast<T*>(static_cast<char*>(block) + sizeof(Head));
-  auto* sizes = reinterpret_cast<int64_t*>(reinterpret_cast<char*>(*data) + bytes);
+  void* block =
+      ::operator new(sizeof(ManagedTensor) + 2 * ndim * sizeof(int64_t) + 63 + count * sizeof(T));
+  auto* sizes = reinterpret_cast<int64_t*>(static_cast<ManagedTensor*>(block) + 1);
+  const auto end = reinterpret_cast<uintptr_t>(sizes + 2 * ndim);
+  *data = reinterpret_cast<T*>((end + 63) / 64 * 64);
   int64_t stride = 1;
   for (size_t d = ndim; d-- > 0; stride *= shape[d]) {
     sizes[d] = shape[d];
     sizes[ndim + d] = stride;
   }
-  auto* head = new (block) Head{{kMajor,
-                                 0,
-                                 nullptr,
-                                 &Head::free,
-                                 0,
-                                 {*data, kCpu, 0, static_cast<int32_t>(ndim), kCode, sizeof(T) * 8,
-                                  1, sizes, sizes + ndim, 0}}};
+  auto* managed = new (block) ManagedTensor{kMajor,
+                                            0,
+                                            nullptr,
+                                            [](ManagedTensor* m) { ::operator delete(m); },
+                                            0,
+                                            {*data, kCpu, 0, static_cast<int32_t>(ndim), kCode,
+                                             sizeof(T) * 8, 1, sizes, sizes + ndim, 0}};
   void* object = nullptr;
-  if (table->object_from_managed(&head->managed, &object) != 0) {
-    Head::free(&head->managed);
+  if (table->object_from_managed(managed, &object) != 0) {
+    ::operator delete(block);
     throw py::error_already_set();
   }
   return py::reinterpret_steal<py::object>(static_cast<PyObject*>(object));

@@ -208,26 +208,28 @@ class Buffer {
  public:
   Buffer() = default;
   explicit Buffer(int64_t size) { resize(size); }
-  Buffer(Buffer&&) = default;
-  Buffer& operator=(Buffer&&) = default;
-  // Discards the contents; the memory only grows.
+  // Discards the contents; the memory only grows. Aligned by hand: an aligned operator new misses
+  // the allocator's quick lists.
   void resize(int64_t size) {
     if (size > capacity_) {
-      data_.reset(static_cast<T*>(::operator new(size * sizeof(T), std::align_val_t(64))));
+      memory_.reset(static_cast<char*>(::operator new(size * sizeof(T) + 63)));
+      const auto address = reinterpret_cast<uintptr_t>(memory_.get());
+      data_ = reinterpret_cast<T*>((address + 63) / 64 * 64);
       capacity_ = size;
     }
-    if (size > 0) std::memset(static_cast<void*>(data_.get()), 0, size * sizeof(T));
+    if (size > 0) std::memset(static_cast<void*>(data_), 0, size * sizeof(T));
     size_ = size;
   }
   int64_t size() const { return size_; }
-  T* data() { return data_.get(); }
-  const T* data() const { return data_.get(); }
+  T* data() { return data_; }
+  const T* data() const { return data_; }
 
  private:
   struct Free {
-    void operator()(T* x) const { ::operator delete(x, std::align_val_t(64)); }
+    void operator()(char* x) const { ::operator delete(x); }
   };
-  std::unique_ptr<T, Free> data_;
+  std::unique_ptr<char, Free> memory_;
+  T* data_ = nullptr;
   int64_t size_ = 0, capacity_ = 0;
 };
 

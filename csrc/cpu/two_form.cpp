@@ -180,8 +180,7 @@ void two_form(const TwoFormItem* items, int64_t n_items, int64_t m, double* omeg
   const int64_t area = padded * padded;
   std::vector<Pair> sums(2 * area * segments);
 
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) if (threads > 1 && segments > 1)
-  for (int64_t s = 0; s < segments; ++s) {
+  const auto add_segment = [&](int64_t s) {
     Pair* o = sums.data() + 2 * area * s;
     const int64_t begin = columns / segments * s + std::min(s, columns % segments);
     const int64_t end = begin + columns / segments + (s < columns % segments);
@@ -194,6 +193,12 @@ void two_form(const TwoFormItem* items, int64_t n_items, int64_t m, double* omeg
                                                           metric != nullptr, o, o + area, padded);
       });
     }
+  };
+  if (segments == 1) {
+    add_segment(0);
+  } else {
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (int64_t s = 0; s < segments; ++s) add_segment(s);
   }
   for (int64_t s = 1; s < segments; ++s)
     for (int64_t e = 0; e < 2 * area; ++e) {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,23 +14,24 @@ from ..conventions import compute_dtype
 from ..reference import power_iteration as reference
 from .arguments import check_float_tensors, subclasses, tensor_list
 from .library import is_plain_eager, refuse_derivative, register
+from .results import Field, Result
 
 #: The largest k of a kernel.
 _MOST_TRIPLES = {"cpu": 16, "triton": 8, "cuda": 1}
 Outputs = tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor, Tensor, Tensor]
 
 
-class SingularTriples(NamedTuple):
+class SingularTriples(Result):
     """Result of `power_iteration`, detached. Leading axes "…" are those of a batched tensor, or [L]
     for a list of L weights (then u and v are lists)."""
 
-    sigma: Tensor  #: […, k], descending
-    u: Any  #: […, m, k] left singular vectors, orthonormal columns
-    v: Any  #: […, n, k] right singular vectors, orthonormal columns
-    residual: Tensor  #: […, k]  ‖WᵀWv − θv‖ / θ₁, θ = vᵀWᵀWv
-    steps: Tensor  #: […] int64, passes over W
-    converged: Tensor  #: […] bool, all residuals ≤ tol
-    upper: Tensor  #: […]  min(‖W‖_F, √(‖W‖₁‖W‖_∞)) ≥ σ₁
+    sigma = Field()  #: […, k], descending
+    u = Field()  #: […, m, k] left singular vectors, orthonormal columns
+    v = Field()  #: […, n, k] right singular vectors, orthonormal columns
+    residual = Field()  #: […, k]  ‖WᵀWv − θv‖ / θ₁, θ = vᵀWᵀWv
+    steps = Field()  #: […] int64, passes over W
+    converged = Field()  #: […] bool, all residuals ≤ tol
+    upper = Field()  #: […]  min(‖W‖_F, √(‖W‖₁‖W‖_∞)) ≥ σ₁
 
 
 def power_iteration(
@@ -86,7 +87,7 @@ def power_iteration(
     if usual and backend in ("auto", "cpu") and is_plain_eager():
         out = _on_cpu(weights, start and start.v, k, method, max_steps, tol, seed)
         if out is not None:
-            return SingularTriples(*out)
+            return SingularTriples.from_kernel(out)
     _check_settings(method, max_steps, tol, seed)
     ws, batched = _weight_list(weights)
     with torch.no_grad():
@@ -297,8 +298,8 @@ def _power_iteration(
         vs = None if not start else start[0] if batched else start
         out = _on_cpu(ws, vs, k, method, max_steps, tol, seed)
         assert out is not None, "the compiled kernel takes whatever passes the checks"
-        sigma, u, v, *rest = out
-        return (sigma, [u], [v], *rest) if batched else out
+        u, v = ([out.u], [out.v]) if batched else (out.u, out.v)
+        return out.sigma, u, v, out.residual, out.steps, out.converged, out.upper
     settings = (k, method, max_steps, tol, start or None, seed)
     if chosen == "triton":
         from ..triton_kernels import power_iteration as triton
@@ -320,7 +321,7 @@ def _power_iteration(
 
 def _on_cpu(
     weights: Any, start: Any, k: int, method: Any, max_steps: Any, tol: Any, seed: Any
-) -> tuple[Any, ...] | None:
+) -> Any:
     """The fields of the result, or None where the compiled part is missing or something is odd."""
     if backends.compiled is None:
         return None

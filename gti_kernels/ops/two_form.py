@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, get_num_threads, is_grad_enabled
@@ -12,14 +12,15 @@ from .. import backends
 from ..reference import two_form as reference
 from .arguments import check_alike, subclasses, tensor_list
 from .library import is_plain_eager, refuse_derivative, register
+from .results import Field, Result
 
 
-class TwoForm(NamedTuple):
+class TwoForm(Result):
     """Result of `two_form`, all fp64."""
 
-    omega: Tensor  #: [m, m], skew to the bit, zero diagonal
-    error_bound: Tensor  #: [m, m], |omega − exact| ≤ error_bound, entry by entry
-    metric: Tensor | None  #: [m, m], symmetric to the bit, or None
+    omega = Field()  #: [m, m], skew to the bit, zero diagonal
+    error_bound = Field()  #: [m, m], |omega − exact| ≤ error_bound, entry by entry
+    metric = Field()  #: [m, m], symmetric to the bit, or None
 
 
 def two_form(
@@ -57,7 +58,7 @@ def two_form(
             [-1.,  0.]], dtype=torch.float64)
     """
     if is_plain_eager() and (out := _on_cpu(dq, dp, metric, backend)) is not None:
-        return TwoForm(*out)
+        return TwoForm.from_kernel(out)
     dqs, dps = tensor_list(dq), tensor_list(dp)
     refuse_derivative("two_form", [*dqs, *dps], "Pass detached tangents")
     if is_plain_eager():
@@ -67,10 +68,8 @@ def two_form(
     return TwoForm(omega, bound, gram if metric else None)
 
 
-def _on_cpu(
-    dq: Any, dp: Any, metric: bool, backend: str
-) -> tuple[Tensor, Tensor, Tensor | None] | None:
-    """The result, or None where the call is not for the compiled kernel or an argument is odd."""
+def _on_cpu(dq: Any, dp: Any, metric: bool, backend: str) -> Any:
+    """The fields, or None where the call is not for the compiled kernel or an argument is odd."""
     if backends.compiled is None or backend not in ("auto", "cpu"):
         return None
     return backends.compiled.two_form(dq, dp, metric, is_grad_enabled(), get_num_threads())
@@ -87,7 +86,7 @@ def _two_form(
         with torch.no_grad():
             out = _on_cpu(q, p, metric, "cpu")
         assert out is not None, "the compiled kernel takes whatever passes the checks"
-        omega, bound, result = out
+        omega, bound, result = out.omega, out.error_bound, out.metric
     elif chosen == "triton":
         from ..triton_kernels import two_form as triton
 
