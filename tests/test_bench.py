@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gti_kernels import bench, bench_gpu, cli
+from gti_kernels import bench, bench_gpu, bench_power_iteration, cli
 
 
 def test_the_warm_started_list_and_its_peer_agree():
@@ -33,9 +33,32 @@ def test_lists_have_the_sizes_they_claim():
     assert 6.7e9 < numbers(bench_gpu.DECODER_7B_WEIGHTS) < 6.8e9
 
 
+@pytest.mark.parametrize("name", ["Gaussian", "log-uniform", "arithmetic"])
+def test_cold_starts_and_their_peers_agree(name):
+    weights = bench_power_iteration.matrices_with(name, 2, 96)
+    expected = torch.linalg.svdvals(weights.double())
+    sigmas = bench_power_iteration.spectrum(name, 96)
+    if sigmas is not None:
+        torch.testing.assert_close(expected, sigmas.expand(2, -1), rtol=0, atol=1e-6)
+    work = bench_power_iteration._cold(list(weights), 1e-4)  # checks the error of the first
+    torch.testing.assert_close(work.op().sigma[:, 0].double(), expected[:, 0], rtol=1e-6, atol=0)
+    for peer in work.peers.values():
+        torch.testing.assert_close(
+            torch.stack(peer()).double(), expected[:, 0], rtol=2e-6, atol=0.0
+        )
+    assert bench_power_iteration.true_sigma(weights[0]) == pytest.approx(float(expected[0, 0]))
+
+
+def test_a_residual_too_large_for_the_error_is_refused():
+    weights = list(bench_power_iteration.matrices_with("Gaussian", 1, 96))
+    with pytest.raises(RuntimeError, match="relative error"):
+        bench_power_iteration._cold(weights, 0.3)
+
+
 def test_suites():
     plain = [(c.op, c.name, c.shape) for c in bench.cases()]
-    assert [(c.op, c.name, c.shape) for c in bench.cases("cpu", "full")] == plain
+    long = [(c.op, c.name, c.shape) for c in bench.cases("cpu", "full")]
+    assert long[: len(plain)] == plain and len(set(long)) == len(long) > len(plain)
     assert [(c.op, c.name, c.shape) for c in bench.cases("cuda")] == plain
     assert not any(c.bars for c in bench.cases("cuda"))
     full = bench.cases("cuda", "full")

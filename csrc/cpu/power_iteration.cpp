@@ -63,7 +63,8 @@ void panel_pass(const T* w, int64_t rows, int k, Strides at, const C* x, C* y, C
 #define GTI_GRAM(T)                                                                               \
   GTI_CLONES void gram_panel(const T* w, int64_t n, bool tall, int64_t s, int64_t at,             \
                              int64_t count, double* panel, double* g) {                           \
-    gram_panel_any(w, n, tall, s, at, count, panel, g);                                           \
+    tall ? gram_of_rows(w, s, at, count, panel, g)                                                \
+         : gram_of_columns(w, n, s, at, count, panel, g);                                         \
   }                                                                                               \
   GTI_CLONES void combine_rows(const T* w, int64_t m, int64_t n, const double* c, int64_t stride, \
                                int64_t begin, int64_t end, double* out) {                         \
@@ -288,12 +289,12 @@ template <class T>
 std::vector<double> start_from_gram(const Matrix<T>& matrix, const Settings& set, int threads) {
   const int64_t m = matrix.item.m, n = matrix.item.n, k = set.k;
   const bool tall = n <= m;
-  const int64_t s = std::min(m, n), sp = (s + 3) / 4 * 4, length = std::max(m, n);
+  const int64_t s = std::min(m, n), sp = gram_stride(s), length = std::max(m, n);
   const int64_t segments = (length + kGramSegment - 1) / kGramSegment;
   std::vector<double> parts(segments * sp * sp), gram(s * s), top(s * k), spare(s * k + 2 * k + 1);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t b = 0; b < segments; ++b) {
-    Buffer<double> panel(sp * kGramPanel);
+    Buffer<double> panel(gram_panel_size(s));
     const int64_t end = std::min(length, (b + 1) * kGramSegment);
     for (int64_t at = b * kGramSegment; at < end; at += kGramPanel)
       gram_panel(matrix.w(), n, tall, s, at, std::min(kGramPanel, end - at), panel.data(),
