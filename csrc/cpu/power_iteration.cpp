@@ -430,8 +430,9 @@ void run_large(Matrix<T> matrix, Settings set, int threads) {
 }  // namespace
 
 // A step of the iteration costs one pass, s·length·itemsize bytes at about 10 per ns and core from
-// beyond L2. The Gram matrix costs a pass or two and s²·length/2 multiply-adds in fp64 at about 16
-// per ns and core; an iteration with no start of its own takes about 20 steps.
+// beyond L2; a matrix that two cores hold there iterates faster than that. The Gram matrix costs a
+// pass or two and s²·length/2 multiply-adds in fp64 at about 16 per ns and core; an iteration with
+// no start of its own takes about 20 steps.
 bool power_iteration_uses_gram(const PowerIterationItem& item, int k, PowerMethod method,
                                int64_t max_steps, double tol) {
   const int64_t s = std::min(item.m, item.n), length = std::max(item.m, item.n);
@@ -439,7 +440,7 @@ bool power_iteration_uses_gram(const PowerIterationItem& item, int k, PowerMetho
   const double itemsize = item.dtype == DType::f64 ? 8 : item.dtype == DType::f32 ? 4 : 2;
   const double size = static_cast<double>(s) * static_cast<double>(length);
   if (method != PowerMethod::cg || tol == 0.0 || item.start || s > kShort ||
-      size * compute <= kSmallBytes || 2 * k > s)
+      size * compute <= 2 * kSmallBytes || 2 * k > s)
     return false;
   const double pass = size * itemsize / 10.0, gram = size * static_cast<double>(s) / 2.0 / 16.0;
   return gram + 3.0 * pass < std::min<double>(20.0, static_cast<double>(max_steps)) * pass;
