@@ -87,7 +87,7 @@ BUILT = frozenset(
     (stem, backend)
     for stem in ("power_iteration", "leapfrog", "kinetic_energy", "two_form")
     for backend in ("triton", "cpu", "reference")
-) | {("power_iteration", "cuda")}
+) | {("power_iteration", "cuda"), ("leapfrog", "cuda"), ("kinetic_energy", "cuda")}
 
 
 def table() -> str:
