@@ -62,27 +62,23 @@ __device__ __forceinline__ Element narrow(C x) {  // to nearest, ties to even
 #endif
 }
 
-__device__ __forceinline__ void widen(const uint4& raw, C (&x)[V]) {
+// One of V elements.
+__device__ __forceinline__ C element(const uint4& raw, int e) {
   const unsigned word[4] = {raw.x, raw.y, raw.z, raw.w};
 #if ELEMENT == 0
-  x[0] = __hiloint2double(word[1], word[0]);
-  x[1] = __hiloint2double(word[3], word[2]);
+  return __hiloint2double(word[2 * e + 1], word[2 * e]);
 #elif ELEMENT == 1
-#pragma unroll
-  for (int i = 0; i < 4; ++i) x[i] = __uint_as_float(word[i]);
+  return __uint_as_float(word[e]);
 #elif ELEMENT == 2
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    x[2 * i] = __uint_as_float(word[i] << 16);
-    x[2 * i + 1] = __uint_as_float(word[i] & 0xffff0000u);
-  }
+  return __uint_as_float(e % 2 == 0 ? word[e / 2] << 16 : word[e / 2] & 0xffff0000u);
 #else
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    x[2 * i] = half_to_float(static_cast<unsigned short>(word[i] & 0xffffu));
-    x[2 * i + 1] = half_to_float(static_cast<unsigned short>(word[i] >> 16));
-  }
+  return half_to_float(static_cast<unsigned short>(word[e / 2] >> e % 2 * 16));
 #endif
+}
+
+__device__ __forceinline__ void widen(const uint4& raw, C (&x)[V]) {
+#pragma unroll
+  for (int e = 0; e < V; ++e) x[e] = element(raw, e);
 }
 
 // V elements as they are in memory.

@@ -87,6 +87,10 @@ def _two_form(
             out = _on_cpu(q, p, metric, "cpu")
         assert out is not None, "the compiled kernel takes whatever passes the checks"
         omega, bound, result = out.omega, out.error_bound, out.metric
+    elif chosen == "cuda":
+        from ..cuda_kernels import two_form as cuda
+
+        omega, bound, result = cuda.two_form(q, p, metric)
     elif chosen == "triton":
         from ..triton_kernels import two_form as triton
 

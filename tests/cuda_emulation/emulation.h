@@ -52,6 +52,7 @@ struct Barrier {
 struct Warp {
   Barrier barrier;
   uint64_t slots[2][32];
+  double operands[2][2][32];  // of mma
 };
 
 struct Block {
@@ -289,6 +290,8 @@ inline float __uint_as_float(unsigned x) { return emulation_bits<float>(x); }
 inline unsigned __float_as_uint(float x) { return emulation_bits<unsigned>(x); }
 inline long long __double_as_longlong(double x) { return emulation_bits<long long>(x); }
 inline double __longlong_as_double(long long x) { return emulation_bits<double>(x); }
+inline double __dadd_rn(double a, double b) { return a + b; }
+inline double __dmul_rn(double a, double b) { return a * b; }
 inline double __hiloint2double(int high, int low) {
   return emulation_bits<double>(static_cast<uint64_t>(static_cast<unsigned>(high)) << 32 |
                                 static_cast<unsigned>(low));
@@ -311,6 +314,18 @@ inline unsigned short float_to_bf16(float x) {
   const unsigned bits = __float_as_uint(x);
   if (x != x) return 0x7fff;
   return static_cast<unsigned short>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+inline void mma(double (&c)[2], double a, double b) {
+  using namespace emulation;
+  const unsigned thread = current->thread.x, lane = thread % 32;
+  Warp& warp = current->block->warps[thread / 32];
+  auto& operands = warp.operands[current->shuffles++ % 2];
+  operands[0][lane] = a;
+  operands[1][lane] = b;
+  warp.barrier.wait();
+  for (int e = 0; e < 2; ++e)
+    for (int k = 0; k < 4; ++k)
+      c[e] = fma(operands[0][lane / 4 * 4 + k], operands[1][(lane % 4 * 2 + e) * 4 + k], c[e]);
 }
 inline void copy_async(void* to, const void* from) {
   if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16)
