@@ -102,11 +102,14 @@ __device__ __forceinline__ uint4 pack(const Element (&x)[V]) {
 // the address allows it. kWhole: it does, and all exist.
 template <bool kWhole>
 __device__ __forceinline__ uint4 fetch(const Element* from, int64 count, bool even) {
-  if (kWhole || (even && count >= V)) return *reinterpret_cast<const uint4*>(from);
-  Element x[V];
+  if (kWhole || (even && count >= V)) {
+    return *reinterpret_cast<const uint4*>(from);
+  } else {
+    Element x[V];
 #pragma unroll
-  for (int e = 0; e < V; ++e) x[e] = e < count ? from[e] : Element(0);
-  return pack(x);
+    for (int e = 0; e < V; ++e) x[e] = e < count ? from[e] : Element(0);
+    return pack(x);
+  }
 }
 
 // The way back: to[0 … V) ← x, of which `count` exist.

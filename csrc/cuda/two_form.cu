@@ -1,6 +1,6 @@
 // The symplectic 2-form Ω = G − Gᵀ, G = DQ DPᵀ, of m tangent vectors, its error bound, and the
-// metric S = DQ DQᵀ + DP DPᵀ from the same read. G holds every product of Ω once, and G − Gᵀ is skew
-// to the bit.
+// metric S = DQ DQᵀ + DP DPᵀ from the same read. G holds every product of Ω once, and G − Gᵀ is
+// skew to the bit.
 //
 //   tile_sums   a warp takes a tile of TILE × TILE entries and the units of columns u, u + streams,
 //               … of a stretch; a block adds its warps and writes a sum for every entry and stretch
@@ -20,7 +20,8 @@
 // Oishi 2005). Lanes own columns. 17 operations a product: bound by fp64 arithmetic above m = 2.
 //
 // Macros: ELEMENT; TILE, rows of a tile: 4 (two halves of the columns in one instruction), 8, 16,
-// 32, or for fp64 2, 4; METRIC; THREADS. TILE 32, and 4 for fp64, are too large for METRIC.
+// 32, or for fp64 2, 4; METRIC; THREADS. The registers limit 32 to fp32 without METRIC, and 4 for
+// fp64 to no METRIC.
 
 #include "ragged.cuh"
 
@@ -30,8 +31,8 @@ constexpr int kForms = METRIC ? 2 : 1;  // G, S
 
 #ifndef GTI_EMULATION
 // c += a b for 8 × 8 numbers, of which a lane holds row lane/4 and columns 2·(lane%4) + {0, 1};
-// a [8, 4], b [4, 8]: row (column) lane/4 and the column (row) lane%4 of it. Each product and sum is
-// rounded as by an fma.
+// a [8, 4], b [4, 8]: row (column) lane/4 and the column (row) lane%4 of it. Each product and sum
+// is rounded as by an fma.
 __device__ __forceinline__ void mma(double (&c)[2], double a, double b) {
   asm volatile("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
                : "+d"(c[0]), "+d"(c[1])
@@ -92,13 +93,13 @@ enum Kind { kPlain, kDiagonal, kFull };
 
 #if ELEMENT != 0
 
-constexpr int R = TILE < 8 ? 1 : TILE / 8;     // instructions across a tile
-constexpr int kFold = TILE < 8 ? 2 : 1;        // halves of the columns
-constexpr int kSteps = R == 1 ? 4 : R == 2 && !METRIC ? 2 : 1;
+constexpr int R = TILE < 8 ? 1 : TILE / 8;  // instructions across a tile
+constexpr int kFold = TILE < 8 ? 2 : 1;     // halves of the columns
+constexpr int kSteps = R > 1 ? 1 : METRIC ? 2 : 4;
 constexpr bool kOneTile = R == 1;
-constexpr int kUnit = kSteps * kFold * 4 * V;  // columns
-constexpr int kBlocks = R < 4 ? 2 : 1;  // on a multiprocessor at once
-constexpr int kFlush = 512 * kFold / kUnit;    // units
+constexpr int kUnit = kSteps * kFold * 4 * V;                   // columns
+constexpr int kBlocks = R == 1 || (R == 2 && !METRIC) ? 2 : 1;  // on a multiprocessor at once
+constexpr int kFlush = 512 * kFold / kUnit;                     // units
 constexpr int kSlots = kForms * R * R * 2 * 32 + 2 * TILE;  // numbers of a warp in shared memory
 
 // The sums of a warp over its units; `slots` are its own.
@@ -135,7 +136,7 @@ class Tile {
         for (int k = 0; k < kSteps; ++k)
 #pragma unroll
           for (int r = 0; r < R; ++r) raw[s][k][r] = next[s][k][r];
-      if (unit + streams < last) load(unit + streams);
+      if (unit + streams < last) load(unit + streams);  // while this one is multiplied
 #pragma unroll
       for (int k = 0; k < kSteps; ++k) add<kKind>(raw, k);
       if (++since == kFlush) {
@@ -241,7 +242,7 @@ constexpr int kFold = 1;
 constexpr int kSteps = METRIC ? 1 : 2;
 constexpr bool kOneTile = false;
 constexpr int kBlocks = 1;
-constexpr int kUnit = 32 * kSteps;                               // columns
+constexpr int kUnit = 32 * kSteps;                           // columns
 constexpr int kSlots = kForms * TILE * TILE * 2 + 2 * TILE;  // numbers of a warp in shared memory
 
 class Tile {
@@ -346,18 +347,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, kBlocks)
   const int64 item = find_item(table + 3 * items, items, begin);
   if (tile.i < m && tile.j < m) {
     Tile work(tile, slots + warp * kSlots);
-    const auto run = [&]<Kind kKind>() {
-      work.template run<kKind>(table, items, item, begin + stream, end, streams);
-    };
+    const int64 unit = begin + stream;
     if constexpr (!METRIC) {
-      run.template operator()<kPlain>();
+      work.run<kPlain>(table, items, item, unit, end, streams);
     } else if (kOneTile || tile.i == tile.j) {
-      run.template operator()<kDiagonal>();
+      work.run<kDiagonal>(table, items, item, unit, end, streams);
     } else if constexpr (!kOneTile) {
       if (tile.i < tile.j)
-        run.template operator()<kFull>();
+        work.run<kFull>(table, items, item, unit, end, streams);
       else
-        run.template operator()<kPlain>();
+        work.run<kPlain>(table, items, item, unit, end, streams);
     }
   }
   __syncthreads();
@@ -365,7 +364,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, kBlocks)
   for (int t = threadIdx.x; t < squared * kForms * TILE * TILE; t += THREADS) {
     const int c = t % TILE, r = t / TILE % TILE, form = t / (TILE * TILE) % kForms;
     const int which = t / (TILE * TILE * kForms);
-    const int64 tile_i = (block_i + which / split) * TILE, tile_j = (block_j + which % split) * TILE;
+    const int64 tile_i = (block_i + which / split) * TILE,
+                tile_j = (block_j + which % split) * TILE;
     const int64 i = tile_i + r, j = tile_j + c;
     if (i >= m || j >= m || (form == 1 && tile_i > tile_j)) continue;
     Sum sum;

@@ -23,7 +23,9 @@ def specialisation(dtype: torch.dtype, kick: bool, drift: bool, mass: bool) -> S
 
 
 STEPS = ((True, False, False), *((kick, True, m) for kick in (False, True) for m in (False, True)))
-SPECIALISATIONS = tuple(specialisation(dtype, *steps) for dtype in ragged.ELEMENT for steps in STEPS)
+SPECIALISATIONS = tuple(
+    specialisation(dtype, *steps) for dtype in ragged.ELEMENT for steps in STEPS
+)
 
 
 def kick_(p: list[Tensor], grad: list[Tensor], step: Factor, damp: Factor) -> None:

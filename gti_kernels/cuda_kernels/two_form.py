@@ -31,7 +31,8 @@ class Tile(NamedTuple):
     def of(cls, m: int, metric: bool, dtype: torch.dtype) -> Tile:
         if dtype == torch.float64:
             return cls(2 if metric or m <= 2 else 4, metric, dtype)
-        return cls(4 if m <= 4 else 8 if m <= 8 else 16 if metric or m <= 16 else 32, metric, dtype)
+        most = 32 if dtype == torch.float32 and not metric else 16
+        return cls(next(rows for rows in (4, 8, 16, most) if rows >= min(m, most)), metric, dtype)
 
     @property
     def exact(self) -> bool:
@@ -43,13 +44,13 @@ class Tile(NamedTuple):
         if self.exact:
             return 32 if self.metric else 64
         lanes = 4 * 16 // self.dtype.itemsize
-        if self.rows == 16:
-            return lanes * (1 if self.metric else 2)
-        return lanes * {4: 8, 8: 4, 32: 1}[self.rows]
+        if self.rows >= 16:
+            return lanes
+        return lanes * (2 if self.metric else 4) * (8 // self.rows)
 
     def split(self, m: int) -> int:
         """A block has split × split tiles, whose warps share rows through the L1 cache."""
-        return 2 if m > self.rows and ragged.THREADS >= 128 else 1
+        return 2 if m > self.rows else 1
 
     @property
     def shared_bytes(self) -> int:
@@ -112,7 +113,7 @@ def two_form(
         across = -(-m // (split * tile.rows))
         streams = ragged.THREADS // 32 // split**2
         starts = prefix([-(-row[2] // tile.columns) for row in items])
-        stretch = max(4 * streams, -(-starts[-1] // max(64, BLOCKS // across**2)))
+        stretch = max(4 * streams, -(-starts[-1] // max(1, BLOCKS // across**2)))
         launches.append((tile, split, across**2, items, starts, stretch, stretches))
         stretches += -(-starts[-1] // stretch)
         units = -(-stretch // streams)  # of a warp at most
@@ -120,7 +121,8 @@ def two_form(
         if tile.exact:
             depth = max(depth, units * tile.columns // 32 + 37)
         else:
-            depth = max(depth, FLUSH + -(-units * tile.columns // FLUSH) + 17)
+            columns = units * tile.columns
+            depth = max(depth, min(FLUSH, columns) + -(-columns // FLUSH) + 17)
     exact = torch.float64 in groups
     length = sum(row[2] for items in groups.values() for row in items)
 

@@ -54,13 +54,15 @@ class Emulator:
             raise RuntimeError(error.decode())
 
 
-def use(monkeypatch: Any, launcher: Any, order: Order = 0, text: str | None = None) -> Emulator:
+def use(
+    monkeypatch: Any, launcher: Any, order: Order = 0, text: str | None = None, threads: int = 64
+) -> Emulator:
     """The backend "cuda" of a launcher (the module that loads and launches) runs in the emulation,
-    with 64 threads a block."""
+    with so many threads a block."""
     emulator = Emulator(order, text)
     monkeypatch.setattr(launcher, "kernel", emulator.kernel)
     monkeypatch.setattr(launcher, "launch", emulator.launch)
-    monkeypatch.setattr(launcher, "THREADS", 64)
+    monkeypatch.setattr(launcher, "THREADS", threads)
     monkeypatch.setitem(backends.available(), "cuda", None)
     monkeypatch.setattr(backends, "obstacle", lambda op, backend, device, limits: None)
     return emulator
