@@ -45,8 +45,10 @@ def bits(tensors) -> list[bytes]:
     return [t.reshape(-1).view(torch.uint8).numpy().tobytes() for t in tensors]
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:3])
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(
+    "op, dtype",
+    [*((op, "float32") for op in OPS), *(("kick_drift_", d) for d in ("float64", "bfloat16"))],
+)
 def test_parity_with_the_reference(emulated, op, dtype):
     emulated()
     comparisons = testing.compare(op, dtype, "cuda")

@@ -191,8 +191,7 @@ def test_more_vectors_than_a_block_takes(emulated):
 
 
 def test_sizes_of_the_launcher_are_those_of_the_source():
-    """Columns of a unit and numbers in shared memory, for every kernel; a unit too small would leave
-    columns out, memory too small is found by the emulation."""
+    """A kernel's macros lead back to its tile, whose sums are flushed after whole units."""
     for spec in cuda.SPECIALISATIONS[:-2]:
         macros = dict(spec.defines)
         dtype = {v: k for k, v in ragged.ELEMENT.items()}[macros["ELEMENT"]]
@@ -203,8 +202,8 @@ def test_sizes_of_the_launcher_are_those_of_the_source():
 
 
 def test_the_emulation_finds_a_missing_barrier(emulated):
-    """Before the warps' sums are added: the first has more units than the others, one of which reads
-    too early."""
+    """Before the warps' sums are added: the first has more units than the others, one of which
+    reads too early."""
     text = compiler.source("two_form")
     at = text.index("__syncthreads();", text.index("work.run<kPlain>(table"))
     dq, dp = integers(8, (300,), torch.float32), integers(8, (300,), torch.float32, seed=1)

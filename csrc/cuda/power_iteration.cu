@@ -27,16 +27,13 @@
 //   where
 //                        the matrix stays there, else from device memory, whose bandwidth is the
 //                        bound.
-//   TEAM 2, wide         not even a row fits: a panel of rows is read twice, the second time from
-//   L1
+//   TEAM 2, wide         not even a row fits: a panel of rows is read twice, the second time from L1
 //                        or L2. Bound by L2, about half the bandwidth of the staged mode.
 //
 // Once per matrix comes a sweep that measures W (its norms, whether it is finite, its scale): as
 // many bytes as a step. On chip, the only read of device memory is that W is loaded once.
 //
-// Self-contained: compiles with nvcc, with NVRTC and, with the header of the tests, with g++.
-//
-// Macros: ELEMENT 0 fp64, 1 fp32, 2 bf16, 3 fp16; TEAM 0 block, 1 cluster, 2 grid; THREADS.
+// Macros: ELEMENT, see elements.cuh; TEAM 0 block, 1 cluster, 2 grid; THREADS.
 
 #ifndef THREADS
 #define THREADS 256

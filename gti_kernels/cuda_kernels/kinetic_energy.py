@@ -1,4 +1,4 @@
-"""Kinetic energy in CUDA C++: one read of p, fp64 sums of chunks, a second launch that adds them."""
+"""Kinetic energy in CUDA C++: one read of p, fp64 sums of chunks, one more launch to add them."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """What the launchers of kernels over a list of tensors share; in CUDA C++: `csrc/cuda/ragged.cuh`.
 
-A list of any length costs one launch for each combination of dtypes. Factors may be numbers or 0-d fp64 tensors on the device, which nobody waits for.
+A list of any length costs one launch for each combination of dtypes. Factors may be numbers or 0-d
+fp64 tensors on the device, which nobody waits for.
 """
 
 from __future__ import annotations
