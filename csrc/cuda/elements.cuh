@@ -1,6 +1,6 @@
-// Elements of a tensor in memory and in registers, for every source. It names its dtype by the macro
-// ELEMENT: 0 fp64, 1 fp32, 2 bf16, 3 fp16. Sources compile with nvcc, with NVRTC and, with the header
-// of the tests, with g++.
+// Elements of a tensor in memory and in registers. A source names its dtype by the macro ELEMENT:
+// 0 fp64, 1 fp32, 2 bf16, 3 fp16. Sources compile with nvcc, with NVRTC and, with the header of the
+// tests, with g++.
 #pragma once
 
 typedef long long int64;

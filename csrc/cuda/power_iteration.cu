@@ -27,8 +27,8 @@
 //   where
 //                        the matrix stays there, else from device memory, whose bandwidth is the
 //                        bound.
-//   TEAM 2, wide         not even a row fits: a panel of rows is read twice, the second time from L1
-//                        or L2. Bound by L2, about half the bandwidth of the staged mode.
+//   TEAM 2, wide         not even a row fits: a panel of rows is read twice, the second time from
+//                        L1 or L2. Bound by L2, about half the bandwidth of the staged mode.
 //
 // Once per matrix comes a sweep that measures W (its norms, whether it is finite, its scale): as
 // many bytes as a step. On chip, the only read of device memory is that W is loaded once.
