@@ -32,7 +32,7 @@ class WithCudaSources(build_py):
     def run(self) -> None:
         super().run()
         if not self.editable_mode:
-            for source in glob.glob("csrc/cuda/*.cu"):
+            for source in glob.glob("csrc/cuda/*.cu*"):
                 target = Path(self.build_lib, "gti_kernels", source)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 self.copy_file(source, str(target))

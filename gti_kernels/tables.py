@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import struct
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +20,47 @@ def prefix(counts: Sequence[int]) -> list[int]:
     return out
 
 
+def fp64_bits(x: float) -> int:
+    """The bits of an fp64 number as an int64, so that it fits into a table."""
+    return int(struct.unpack("<q", struct.pack("<d", x))[0])
+
+
+class Group(NamedTuple):
+    """The tensors of a list that share their dtypes: one launch."""
+
+    dtypes: tuple[torch.dtype | None, ...]  # one per operand; None where it is a number
+    wide: bool  # every address is a multiple of 16 bytes
+    items: int
+    blocks: int
+    rows: tuple[tuple[int, ...], ...]  # one per operand, then counts, then first blocks
+
+
+def elementwise_groups(operands: Sequence[Sequence[Tensor | float]], block: int) -> list[Group]:
+    """Lists of L tensors of the same sizes (or numbers, one per tensor), grouped by their dtypes
+    and cut into blocks of `block` elements.
+
+    Empty tensors are left out. The row of a number holds its fp64 bits.
+    """
+    found: dict[tuple[torch.dtype | None, ...], list[tuple[int, ...]]] = {}
+    for item in zip(*operands, strict=True):
+        count = item[0].numel()  # type: ignore[union-attr]
+        if count:
+            dtypes = tuple(x.dtype if isinstance(x, Tensor) else None for x in item)
+            row = [x.data_ptr() if isinstance(x, Tensor) else fp64_bits(x) for x in item]
+            found.setdefault(dtypes, []).append((*row, count))
+    groups = []
+    for dtypes, items in found.items():
+        columns = tuple(zip(*items, strict=True))
+        starts = tuple(prefix([-(-n // block) for n in columns[-1]]))
+        wide = not any(
+            a % 16 for d, column in zip(dtypes, columns, strict=False) if d for a in column
+        )
+        groups.append(Group(dtypes, wide, len(items), starts[-1], (*columns, starts)))
+    return groups
+
+
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device: make it the tensors' own."""
+    """Kernels are launched on the current device: make it the tensors' own."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 

@@ -7,11 +7,12 @@ import math
 
 import pytest
 import torch
-from cuda_emulation.emulate import SOURCES, Emulator
+from cuda_emulation import emulate
 from torch import Tensor
 
 import gti_kernels as gti
-from gti_kernels import backends, testing
+from gti_kernels import testing
+from gti_kernels.cuda_kernels import compiler
 from gti_kernels.cuda_kernels import power_iteration as cuda
 from gti_kernels.cuda_kernels.power_iteration import BLOCK, CLUSTER, GRID, ON_CHIP, STAGED, WIDE
 from gti_kernels.reference import power_iteration as reference
@@ -27,7 +28,7 @@ CLASSES = {
 }
 every_class = pytest.mark.parametrize("kind", CLASSES)
 ROOM = cuda.Limits(shared_bytes=300_000, blocks=12, cluster=8)
-SOURCE = (SOURCES / "power_iteration.cu").read_text(encoding="utf-8")
+SOURCE = compiler.source("power_iteration")
 
 
 @pytest.fixture
@@ -35,16 +36,11 @@ def emulated(monkeypatch):
     """emulated(kind or None, order, text, shared_bytes): the backend "cuda" runs in the emulation,
     with every matrix in one class, or where the plan puts it."""
 
-    def use(kind=None, order=0, text=None, shared_bytes=None) -> Emulator:
-        emulator = Emulator(order, text)
+    def use(kind=None, order=0, text=None, shared_bytes=None) -> emulate.Emulator:
+        emulator = emulate.use(monkeypatch, cuda, order, text)
         limits = ROOM if shared_bytes is None else ROOM._replace(shared_bytes=shared_bytes)
-        monkeypatch.setattr(cuda, "kernel", emulator.kernel)
-        monkeypatch.setattr(cuda, "launch", emulator.launch)
         monkeypatch.setattr(cuda, "limits", lambda device: limits)
-        monkeypatch.setattr(cuda, "THREADS", 64)
         monkeypatch.setattr(cuda, "_choose", forced(*CLASSES[kind]) if kind else choose)
-        monkeypatch.setitem(backends.available(), "cuda", None)
-        monkeypatch.setattr(backends, "obstacle", lambda op, backend, device, limits: None)
         cuda.plan.cache_clear()
         return emulator
 

@@ -28,41 +28,24 @@
 //                        the matrix stays there, else from device memory, whose bandwidth is the
 //                        bound.
 //   TEAM 2, wide         not even a row fits: a panel of rows is read twice, the second time from
-//   L1
-//                        or L2. Bound by L2, about half the bandwidth of the staged mode.
+//                        L1 or L2. Bound by L2, about half the bandwidth of the staged mode.
 //
 // Once per matrix comes a sweep that measures W (its norms, whether it is finite, its scale): as
 // many bytes as a step. On chip, the only read of device memory is that W is loaded once.
 //
-// Self-contained: compiles with nvcc, with NVRTC and, with the header of the tests, with g++.
-//
-// Macros: ELEMENT 0 fp64, 1 fp32, 2 bf16, 3 fp16; TEAM 0 block, 1 cluster, 2 grid; THREADS.
+// Macros: ELEMENT, see elements.cuh; TEAM 0 block, 1 cluster, 2 grid; THREADS.
 
 #ifndef THREADS
 #define THREADS 256
 #endif
 
-typedef long long int64;
-typedef unsigned long long uint64;
+#include "elements.cuh"
 
-#if ELEMENT == 0
-typedef double Element;
-typedef double C;  // of all arithmetic on vectors
-#elif ELEMENT == 1
-typedef float Element;
-typedef float C;
-#else
-typedef unsigned short Element;  // the bits
-typedef float C;
-#endif
-
-constexpr int V = 16 / sizeof(Element);  // elements of a chunk, what a thread reads at once
 constexpr int kWarps = THREADS / 32;
 constexpr double kEpsilon = sizeof(C) == 8 ? 0x1p-52 : 0x1p-23;
 constexpr int kLargestExponent = sizeof(C) == 8 ? 1022 : 126;  // 2^± of it is a normal number of C
 // Row sums of |W| in 2^± of it: no square or product of what is computed leaves the range of C.
 constexpr int kSafeExponent = sizeof(C) == 8 ? 200 : 20;
-constexpr unsigned kAll = 0xffffffffu;
 
 enum Mode { kOnChip = 0, kStaged = 1, kWide = 2 };
 
@@ -81,15 +64,6 @@ struct Item {
 // ---- what differs between a GPU and the emulation ----------------------------------------------
 
 #ifndef GTI_EMULATION
-__device__ __forceinline__ unsigned char* shared_memory() {
-  extern __shared__ __align__(16) unsigned char dynamic_shared[];
-  return dynamic_shared;
-}
-__device__ __forceinline__ float half_to_float(unsigned short bits) {
-  float x;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
-  return x;
-}
 // Copies 16 bytes to shared memory, asynchronously; a group is what came since the last commit.
 __device__ __forceinline__ void copy_async(void* to, const void* from) {
   const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
@@ -128,39 +102,6 @@ __device__ __forceinline__ unsigned char* cluster_map(unsigned char* place, int 
 #endif
 
 // ---- numbers -----------------------------------------------------------------------------------
-
-__device__ __forceinline__ C widen(Element x) {
-#if ELEMENT == 2
-  return __uint_as_float(static_cast<unsigned>(x) << 16);
-#elif ELEMENT == 3
-  return half_to_float(x);
-#else
-  return x;
-#endif
-}
-
-__device__ __forceinline__ void widen(const uint4& raw, C (&x)[V]) {
-  const unsigned word[4] = {raw.x, raw.y, raw.z, raw.w};
-#if ELEMENT == 0
-  x[0] = __hiloint2double(word[1], word[0]);
-  x[1] = __hiloint2double(word[3], word[2]);
-#elif ELEMENT == 1
-#pragma unroll
-  for (int i = 0; i < 4; ++i) x[i] = __uint_as_float(word[i]);
-#elif ELEMENT == 2
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    x[2 * i] = __uint_as_float(word[i] << 16);
-    x[2 * i + 1] = __uint_as_float(word[i] & 0xffff0000u);
-  }
-#else
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    x[2 * i] = half_to_float(static_cast<unsigned short>(word[i] & 0xffffu));
-    x[2 * i + 1] = half_to_float(static_cast<unsigned short>(word[i] >> 16));
-  }
-#endif
-}
 
 // V consecutive numbers of C, 16 bytes at a time.
 struct alignas(16) Quad {

@@ -1,6 +1,7 @@
 """From `csrc/cuda/<stem>.cu` to a cubin: NVRTC, with a cache on disk. No GPU is needed.
 
-A source is self-contained (it includes nothing) and specialised by macros. One compilation makes
+A source includes nothing but headers beside it, is specialised by macros and handed to the compiler
+as one text. One compilation makes
 one kernel: ptxas is told the entry, the others of the source cost it nothing. A cubin is a function
 of the source text, the options, the entry, the architecture and the version of NVRTC; it is kept
 under the hash of all of these, so no entry of the cache is ever out of date.
@@ -73,14 +74,30 @@ class Cubin:
 
 
 def source(stem: str) -> str:
-    """The text of `csrc/cuda/<stem>.cu`."""
+    """The text of `csrc/cuda/<stem>.cu` with the headers it includes in their places."""
+    return _with_headers(f"{stem}.cu", set())
+
+
+def _with_headers(name: str, included: set[str]) -> str:
+    """A file of `csrc/cuda` in which each `#include "x.cuh"` has become x.cuh, the first time."""
     for folder in FOLDERS:
-        path = folder / f"{stem}.cu"
+        path = folder / name
         if path.is_file():
-            return path.read_text(encoding="utf-8")
-    raise FileNotFoundError(
-        f"no CUDA source {stem}.cu in {' or '.join(map(str, FOLDERS))}: reinstall gti_kernels"
-    )
+            break
+    else:
+        raise FileNotFoundError(
+            f"no CUDA source {name} in {' or '.join(map(str, FOLDERS))}: reinstall gti_kernels"
+        )
+
+    def replace(match: re.Match[str]) -> str:
+        header = match[1]
+        if header in included:
+            return ""
+        included.add(header)
+        return _with_headers(header, included)
+
+    text = path.read_text(encoding="utf-8").replace("#pragma once\n", "")
+    return re.sub(r'^#include "(\w+\.cuh)"$', replace, text, flags=re.MULTILINE)
 
 
 def sources() -> dict[str, tuple[Specialisation, ...]]:

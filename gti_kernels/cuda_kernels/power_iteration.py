@@ -16,10 +16,10 @@ from torch import Tensor
 from ..conventions import compute_dtype
 from ..tables import device_table, on_device, prefix
 from .compiler import Specialisation
+from .ragged import ELEMENT
 from .runtime import kernel, launch
 
 STEM = ENTRY = "power_iteration"
-ELEMENT = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 BLOCK, CLUSTER, GRID = 0, 1, 2  # what a team is
 THREADS = 256  # of a block, in every class
 ON_CHIP, STAGED, WIDE = 0, 1, 2  # where W is read from

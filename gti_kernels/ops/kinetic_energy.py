@@ -31,7 +31,7 @@ def kinetic_energy(
             device; a list may mix dtypes.
         inv_mass: M⁻¹, the diagonal: a float, one float per tensor, or tensors of the shape and
             dtype of p.
-        backend: "auto", "reference", "cpu" or "triton"; see `gti_kernels.explain`.
+        backend: "auto", "reference", "cpu", "triton" or "cuda"; see `gti_kernels.explain`.
 
     Returns:
         0-d fp64 tensor on the device of p; 0 for an empty list. Terms are formed in fp64, so for
@@ -74,6 +74,10 @@ def _kinetic_energy(
         return energy
     device, limits = limits_of_kinetic_energy(p, inv_mass=mass)
     chosen = backends.choose("kinetic_energy", device, backend, limits)
+    if chosen == "cuda":
+        from ..cuda_kernels import kinetic_energy as cuda
+
+        return cuda.kinetic_energy(p, mass)
     if chosen == "triton":
         from ..triton_kernels import kinetic_energy as triton
 
@@ -92,7 +96,7 @@ def limits_of_kinetic_energy(
         lists["inv_mass"] = mass
     check_alike("kinetic_energy", **lists)
     layout = unlike_layouts(**lists)
-    limits = {} if layout is None else {"cpu": layout, "triton": layout}
+    limits = {} if layout is None else dict.fromkeys(("cpu", "triton", "cuda"), layout)
     return (ps[0].device if ps else torch.device("cpu")), limits
 
 

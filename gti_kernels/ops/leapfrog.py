@@ -48,7 +48,7 @@ def kick_(
         p: momenta, a tensor or a list of tensors; fp64, fp32, bf16 or fp16, one device. Written.
         grad: ∇L, shaped like p, same dtypes.
         step: time step of the kick [time]; damp: factor without unit, e^{−γ·dt} for a damping γ.
-        backend: "auto", "reference", "cpu" or "triton"; see `gti_kernels.explain`.
+        backend: "auto", "reference", "cpu", "triton" or "cuda"; see `gti_kernels.explain`.
 
     Accuracy: fp32 arithmetic for bf16, fp16 and fp32, fp64 for fp64; each element is rounded to its
     dtype once.
@@ -85,7 +85,7 @@ def drift_(
         p: momenta, shaped like q, same dtypes.
         step: time step of the drift [time].
         inv_mass: M⁻¹, the diagonal: a float, one float per tensor, or tensors like q.
-        backend: "auto", "reference", "cpu" or "triton"; see `gti_kernels.explain`.
+        backend: "auto", "reference", "cpu", "triton" or "cuda"; see `gti_kernels.explain`.
 
     Accuracy and errors as in `kick_`.
 
@@ -128,7 +128,7 @@ def kick_drift_(
         grad: ∇L(q), shaped like q, same dtypes.
         kick, drift: time steps [time]; damp: factor of p before the kick, without unit.
         inv_mass: M⁻¹, the diagonal: a float, one float per tensor, or tensors like q.
-        backend: "auto", "reference", "cpu" or "triton"; see `gti_kernels.explain`.
+        backend: "auto", "reference", "cpu", "triton" or "cuda"; see `gti_kernels.explain`.
 
     Returns:
         ½ pᵀM⁻¹p of the new p as it was stored, a 0-d fp64 tensor [energy].
@@ -349,6 +349,10 @@ def _kick_drift_(
 
 
 def _kernels(backend: str) -> Any:
+    if backend == "cuda":
+        from ..cuda_kernels import leapfrog as cuda
+
+        return cuda
     if backend == "triton":
         from ..triton_kernels import leapfrog as triton
 
@@ -404,7 +408,7 @@ def _limits(
     layout = unlike_layouts(**written, **read)
     first = next(iter(written.values()))
     device = first[0].device if first else torch.device("cpu")
-    return device, {} if layout is None else {"cpu": layout, "triton": layout}
+    return device, {} if layout is None else dict.fromkeys(("cpu", "triton", "cuda"), layout)
 
 
 def _split(mass: list[Any]) -> tuple[list[float], list[Tensor]]:

@@ -38,7 +38,7 @@ def two_form(
     Args:
         dq, dp: [m, N] each, or lists over parameters of [m, *shape]; the same shapes and dtypes;
             fp64, fp32, bf16 or fp16, one device. Not written, not concatenated.
-        backend: "auto", "reference", "cpu" or "triton"; see `gti_kernels.explain`.
+        backend: "auto", "reference", "cpu", "triton" or "cuda"; see `gti_kernels.explain`.
 
     Returns:
         TwoForm(omega, error_bound, metric). Products of elements up to fp32 are exact in fp64,
@@ -87,6 +87,10 @@ def _two_form(
             out = _on_cpu(q, p, metric, "cpu")
         assert out is not None, "the compiled kernel takes whatever passes the checks"
         omega, bound, result = out.omega, out.error_bound, out.metric
+    elif chosen == "cuda":
+        from ..cuda_kernels import two_form as cuda
+
+        omega, bound, result = cuda.two_form(q, p, metric)
     elif chosen == "triton":
         from ..triton_kernels import two_form as triton
 
@@ -116,7 +120,7 @@ def limits_of_two_form(
             f"two_form: dq must have at least one coordinate, got {tuple(dqs[0].shape)}"
         )
     reason = subclasses(dq=dqs, dp=dps)
-    return dqs[0].device, {} if reason is None else {"cpu": reason, "triton": reason}
+    return dqs[0].device, {} if reason is None else dict.fromkeys(("cpu", "triton", "cuda"), reason)
 
 
 def _fake(

@@ -10,14 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tables import device_table, on_device
-from .ragged import (
-    elementwise_groups,
-    find_item,
-    fixed_sum,
-    load_block,
-    pointer,
-)
+from ..tables import device_table, elementwise_groups, on_device
+from .ragged import TRITON_DTYPE, find_item, fixed_sum, load_block, pointer
 
 BLOCK = 4096
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
@@ -76,8 +70,8 @@ def kinetic_energy(p: list[Tensor], inv_mass: Sequence[float] | list[Tensor]) ->
                 g.items,
                 partials[first : first + g.blocks],
                 BLOCK=BLOCK,
-                P=g.dtypes[0],
-                W=g.dtypes[1],
+                P=TRITON_DTYPE[g.dtypes[0]],
+                W=TRITON_DTYPE[g.dtypes[1]],
                 ALIGNED=g.wide,
                 **OPTIONS,
             )

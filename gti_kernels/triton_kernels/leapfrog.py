@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tables import device_table, on_device
+from ..tables import device_table, elementwise_groups, on_device
 from .ragged import (
-    elementwise_groups,
+    TRITON_DTYPE,
     find_item,
     fixed_sum,
     load_block,
@@ -151,7 +151,7 @@ def _launch(
     first = 0
     with on_device(device):
         for group in groups:
-            p_dtype, q_dtype, g_dtype, w_dtype = group.dtypes
+            p_dtype, q_dtype, g_dtype, w_dtype = (TRITON_DTYPE[d] for d in group.dtypes)
             leapfrog_kernel[(group.blocks,)](
                 device_table(group.rows, device),
                 group.items,
@@ -165,7 +165,7 @@ def _launch(
                 G=g_dtype,
                 W=w_dtype,
                 ALIGNED=group.wide,
-                COMPUTE=tl.float64 if tl.float64 in group.dtypes else tl.float32,
+                COMPUTE=tl.float64 if torch.float64 in group.dtypes else tl.float32,
                 **OPTIONS,
             )
             first += group.blocks

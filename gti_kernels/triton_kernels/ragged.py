@@ -8,19 +8,16 @@ A list of any length costs one launch, and nothing of it travels as kernel argum
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tables import prefix
-
-#: Triton's name of each dtype the kernels read
+#: Triton's name of each dtype the kernels read; of a number in place of a tensor: None
 TRITON_DTYPE = {
+    None: None,
     torch.float64: tl.float64,
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
@@ -106,44 +103,6 @@ def fixed_sum(x: Tensor) -> Tensor:
         )
         x = out
     return x.reshape(())
-
-
-def fp64_bits(x: float) -> int:
-    """The bits of an fp64 number as an int64, so that it fits into a table."""
-    return int(struct.unpack("<q", struct.pack("<d", x))[0])
-
-
-class Group(NamedTuple):
-    """The tensors of a list that share their dtypes: one launch."""
-
-    dtypes: tuple[Any, ...]  # Triton's, one per operand; None where it is a number
-    wide: bool  # every address is a multiple of 16 bytes
-    items: int
-    blocks: int
-    rows: tuple[tuple[int, ...], ...]  # one per operand, then counts, then first blocks
-
-
-def elementwise_groups(operands: Sequence[Sequence[Tensor | float]], block: int) -> list[Group]:
-    """Lists of L tensors of the same sizes (or numbers, one per tensor), grouped by their dtypes.
-
-    Empty tensors are left out. The row of a number holds its fp64 bits.
-    """
-    found: dict[tuple[Any, ...], list[tuple[int, ...]]] = {}
-    for item in zip(*operands, strict=True):
-        count = item[0].numel()  # type: ignore[union-attr]
-        if count:
-            dtypes = tuple(TRITON_DTYPE[x.dtype] if isinstance(x, Tensor) else None for x in item)
-            row = [x.data_ptr() if isinstance(x, Tensor) else fp64_bits(x) for x in item]
-            found.setdefault(dtypes, []).append((*row, count))
-    groups = []
-    for dtypes, items in found.items():
-        columns = tuple(zip(*items, strict=True))
-        starts = tuple(prefix([triton.cdiv(n, block) for n in columns[-1]]))
-        wide = not any(
-            a % 16 for d, column in zip(dtypes, columns, strict=False) if d for a in column
-        )
-        groups.append(Group(dtypes, wide, len(items), starts[-1], (*columns, starts)))
-    return groups
 
 
 def samples() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]]:

@@ -13,8 +13,10 @@ from typing import Any
 
 from torch import Tensor
 
+from gti_kernels import backends
+from gti_kernels.cuda_kernels import compiler
+
 HERE = Path(__file__).parent
-SOURCES = HERE.parents[1] / "csrc" / "cuda"
 _folder = tempfile.TemporaryDirectory(prefix="cuda_emulation")
 
 Order = int  #: 0: threads in the order of their numbers, 1: the other way round, more: shuffled
@@ -30,7 +32,7 @@ class Emulator:
         self.launches: list[dict[str, Any]] = []
 
     def kernel(self, stem: str, entry: str, defines: tuple, device: Any) -> Any:
-        text = self.text or (SOURCES / f"{stem}.cu").read_text(encoding="utf-8")
+        text = self.text or compiler.source(stem)
         return build(text, entry, tuple(defines))
 
     def launch(
@@ -50,6 +52,20 @@ class Emulator:
         error = kernel(grid, block, cluster or 1, shared_bytes, resident, self.order, words)
         if error:
             raise RuntimeError(error.decode())
+
+
+def use(
+    monkeypatch: Any, launcher: Any, order: Order = 0, text: str | None = None, threads: int = 64
+) -> Emulator:
+    """The backend "cuda" of a launcher (the module that loads and launches) runs in the emulation,
+    with so many threads a block."""
+    emulator = Emulator(order, text)
+    monkeypatch.setattr(launcher, "kernel", emulator.kernel)
+    monkeypatch.setattr(launcher, "launch", emulator.launch)
+    monkeypatch.setattr(launcher, "THREADS", threads)
+    monkeypatch.setitem(backends.available(), "cuda", None)
+    monkeypatch.setattr(backends, "obstacle", lambda op, backend, device, limits: None)
+    return emulator
 
 
 def _word(x: Any) -> int:

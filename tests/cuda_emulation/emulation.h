@@ -30,6 +30,8 @@ double sqrt(double) noexcept;
 double fabs(double) noexcept;
 float sqrtf(float) noexcept;
 float fabsf(float) noexcept;
+double fma(double, double, double) noexcept;
+float fmaf(float, float, float) noexcept;
 }
 
 struct alignas(16) uint4 {
@@ -50,6 +52,7 @@ struct Barrier {
 struct Warp {
   Barrier barrier;
   uint64_t slots[2][32];
+  double operands[2][2][32];  // of mma
 };
 
 struct Block {
@@ -57,6 +60,7 @@ struct Block {
   unsigned char* shared = nullptr;
   std::vector<unsigned char> memory;
   Barrier barrier;
+  int yes[2] = {};  // of __syncthreads_count, this one and the one before
   Barrier* cluster = nullptr;
   Block* first_of_cluster = nullptr;
   std::vector<Warp> warps;
@@ -266,6 +270,15 @@ template <class T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
   return emulation::exchange(value, static_cast<int>(emulation::current->thread.x % 32) ^ mask);
 }
+// How many threads of the block say yes.
+inline int __syncthreads_count(int predicate) {
+  emulation::Block* block = emulation::current->block;
+  const unsigned turn = block->barrier.generation % 2;
+  if (block->barrier.count == 0) block->yes[turn] = 0;
+  block->yes[turn] += predicate != 0;
+  block->barrier.wait();
+  return block->yes[turn];
+}
 template <class To, class From>
 To emulation_bits(From x) {
   static_assert(sizeof(To) == sizeof(From));
@@ -274,8 +287,11 @@ To emulation_bits(From x) {
   return out;
 }
 inline float __uint_as_float(unsigned x) { return emulation_bits<float>(x); }
+inline unsigned __float_as_uint(float x) { return emulation_bits<unsigned>(x); }
 inline long long __double_as_longlong(double x) { return emulation_bits<long long>(x); }
 inline double __longlong_as_double(long long x) { return emulation_bits<double>(x); }
+inline double __dadd_rn(double a, double b) { return a + b; }
+inline double __dmul_rn(double a, double b) { return a * b; }
 inline double __hiloint2double(int high, int low) {
   return emulation_bits<double>(static_cast<uint64_t>(static_cast<unsigned>(high)) << 32 |
                                 static_cast<unsigned>(low));
@@ -290,6 +306,26 @@ inline float half_to_float(unsigned short bits) {
                                      : __builtin_ldexpf(static_cast<float>(fraction + 1024),
                                                         static_cast<int>(exponent) - 25);
   return bits >> 15 ? -size : size;
+}
+inline unsigned short float_to_half(float x) {
+  return emulation_bits<unsigned short>(static_cast<_Float16>(x));
+}
+inline unsigned short float_to_bf16(float x) {
+  const unsigned bits = __float_as_uint(x);
+  if (x != x) return 0x7fff;
+  return static_cast<unsigned short>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+inline void mma(double (&c)[2], double a, double b) {
+  using namespace emulation;
+  const unsigned thread = current->thread.x, lane = thread % 32;
+  Warp& warp = current->block->warps[thread / 32];
+  auto& operands = warp.operands[current->shuffles++ % 2];
+  operands[0][lane] = a;
+  operands[1][lane] = b;
+  warp.barrier.wait();
+  for (int e = 0; e < 2; ++e)
+    for (int k = 0; k < 4; ++k)
+      c[e] = fma(operands[0][lane / 4 * 4 + k], operands[1][(lane % 4 * 2 + e) * 4 + k], c[e]);
 }
 inline void copy_async(void* to, const void* from) {
   if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16)
