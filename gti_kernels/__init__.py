@@ -18,6 +18,7 @@ from .ops.leapfrog import drift_, kick_, kick_drift_, leapfrog_
 from .ops.power_iteration import SingularTriples, power_iteration, top_singular_values
 from .ops.power_iteration_operator import power_iteration_operator
 from .ops.two_form import TwoForm, two_form
+from .phase_space import PhaseSpace
 from .probes.certificate import Certificate, Thresholds, certify
 from .probes.dose_response import dose_response
 from .probes.energy_drift import energy_drift
@@ -29,6 +30,7 @@ from .spectral_penalty import SpectralPenalty
 __all__ = [
     "Certificate",
     "HamiltonianSystem",
+    "PhaseSpace",
     "SingularTriples",
     "SpectralPenalty",
     "Thresholds",
