@@ -11,17 +11,18 @@ runs where.
 
 __version__ = "0.1.0"
 
-from . import nn
+from . import nn, optim
 from .backends import available, build_info, explain
 from .ops.kinetic_energy import kinetic_energy
 from .ops.leapfrog import drift_, kick_, kick_drift_, leapfrog_
 from .ops.power_iteration import SingularTriples, power_iteration, top_singular_values
 from .ops.power_iteration_operator import power_iteration_operator
 from .ops.two_form import TwoForm, two_form
+from .optim.drift_recorder import DriftRecorder
 from .phase_space import PhaseSpace
 from .probes.certificate import Certificate, Thresholds, certify
 from .probes.dose_response import dose_response
-from .probes.energy_drift import energy_drift
+from .probes.energy_drift import drift_slope, energy_drift
 from .probes.hamiltonian_system import HamiltonianSystem
 from .probes.omega_invariance import omega_invariance
 from .probes.round_trip import round_trip
@@ -29,6 +30,7 @@ from .spectral_penalty import SpectralPenalty
 
 __all__ = [
     "Certificate",
+    "DriftRecorder",
     "HamiltonianSystem",
     "PhaseSpace",
     "SingularTriples",
@@ -40,6 +42,7 @@ __all__ = [
     "certify",
     "dose_response",
     "drift_",
+    "drift_slope",
     "energy_drift",
     "explain",
     "kick_",
@@ -48,6 +51,7 @@ __all__ = [
     "leapfrog_",
     "nn",
     "omega_invariance",
+    "optim",
     "power_iteration",
     "power_iteration_operator",
     "round_trip",
