@@ -79,7 +79,7 @@ GOLDEN = {
 def test_kepler_energy_error_is_the_golden_one_and_has_the_order(order, composition):
     errors = []
     for steps in (100, 200):
-        q, p, potential = kepler()
+        q, p, _ = kepler()
         optimizer = gti.optim.Leapfrog(
             [q],
             2 * math.pi / steps,
@@ -88,9 +88,14 @@ def test_kepler_energy_error_is_the_golden_one_and_has_the_order(order, composit
             composition=composition,
             momentum=[p],
         )
-        closure = closure_of(optimizer, potential)
+
+        def closure():
+            r = q.detach().norm()
+            q.grad = q.detach() / r**3
+            return -1.0 / r
+
         worst = 0.0
-        for _ in range(4 * steps):  # the maximum is met in the first of the 20 periods
+        for _ in range(2 * steps):  # the maximum is met in the first of the 20 periods
             optimizer.step(closure)
             worst = max(worst, abs(float(optimizer.energy()) + 0.5))
         errors.append(worst)
@@ -568,7 +573,7 @@ def test_a_run_resumed_from_a_file_is_equal_to_the_bit(settings, form):
 
     def advance(model, potential, optimizer, steps):
         closure = closure_of(optimizer, potential)
-        for t in range(steps):
+        for _ in range(steps):
             if form == "closure":
                 optimizer.step(closure)
             else:
@@ -675,7 +680,7 @@ def test_bad_steps_touch_nothing():
     optimizer = gti.optim.Leapfrog([{"params": [a]}, {"params": [b]}], 0.1, momentum="gaussian")
     before = [a.item(), b.item(), *(s.momenta[0].item() for s in optimizer.phase_spaces)]
     a.grad = torch.ones_like(a)
-    b.grad = torch.sparse_coo_tensor([[0]], [1.0], (1,), dtype=F64)
+    b.grad = torch.ones_like(b).detach().to_sparse()
     with pytest.raises(TypeError, match="dense"):
         optimizer.step()
     b.grad = torch.ones_like(b)
