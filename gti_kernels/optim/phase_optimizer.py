@@ -67,25 +67,23 @@ class PhaseOptimizer(torch.optim.Optimizer):
         """One stage on the gradients that are there; p ends half a step behind q."""
         self._check_groups()
         potential = None if loss is None else self._as_loss("loss", loss)
-        factor = self._cap(potential)
+        factor = self._begin_step(potential)
         self._loss, self._evaluated = potential, None
         for i, group in enumerate(self.param_groups):
-            h, half = group["lr"], self._half_damp(group, group["lr"])
-            kick, damp = self._owed[i] or (0.5 * h, half)
-            before = self._kinetic_energy(i)
+            h, before = group["lr"], self._kinetic_energy(i)
             if factor is not None:
                 before = before * factor.to(before.device).square()
+            half = self._half_damp(group, h)
+            kick, damp = self._owed[i] or (0.5 * h, half)
             self._before[i:] = [(before, kick / (kick + 0.5 * h) if kick + 0.5 * h else 0.0)]
             self._advance(i, kick + 0.5 * h, h, damp * half, factor)
             self._owed[i] = 0.5 * h, half
 
-    def _closure_step(
-        self, closure: Closure, fractions: Sequence[float], *, capped: bool = True
-    ) -> Tensor:
+    def _closure_step(self, closure: Closure, fractions: Sequence[float]) -> Tensor:
         """Kick, motion and kick per fraction of a step; p and q end at the same time."""
         self._check_groups()
         start = self._potential(closure)
-        factor = self._cap(start) if capped else None
+        factor = self._begin_step(start)
         for stage, w in enumerate(fractions):
             if stage:
                 self._potential(closure)
@@ -98,25 +96,24 @@ class PhaseOptimizer(torch.optim.Optimizer):
                 self._owed[i] = half * 0.5 * h, half
             factor = None
         self._potential(closure)
-        self._pay()
+        for i, owed in enumerate(self._owed):
+            self._kick(i, *(owed or (0.0, 1.0)))
+            self._owed[i] = 0.0, 1.0
         self._remember(closure)
         return start
 
+    def _begin_step(self, loss: Tensor | None) -> Tensor | None:
+        """The factor of all momenta for the first kick of the step."""
+        return self._cap(loss)
+
     def _advance(self, i: int, kick: float, h: float, damp: float, factor: Tensor | None) -> None:
         self._kinetic[i] = None  # whatever happens below
-        if factor is not None:
-            device = self.phase_spaces[i].params[0].device
-            self._kinetic[i] = self._move(i, self._sign(i) * kick, h, factor.to(device) * damp)
-        else:
-            self._kinetic[i] = self._move(i, self._sign(i) * kick, h, damp)
+        scaled = damp if factor is None else damp * factor.to(self.phase_spaces[i].params[0].device)
+        self._kinetic[i] = self._move(i, self._sign(i) * kick, h, scaled)
 
-    def _pay(self) -> None:
-        """What the last stage left to do at the gradient that is there."""
-        for i, space in enumerate(self.phase_spaces):
-            kick, damp = self._owed[i] or (0.0, 1.0)
-            self._kinetic[i] = None
-            space.kick_(self._sign(i) * kick, damp=damp)
-            self._owed[i] = 0.0, 1.0
+    def _kick(self, i: int, kick: float, damp: float) -> None:
+        self._kinetic[i] = None
+        self.phase_spaces[i].kick_(self._sign(i) * kick, damp=damp)
 
     def _sign(self, i: int) -> float:
         return -1.0 if self.param_groups[i].get("maximize") else 1.0
