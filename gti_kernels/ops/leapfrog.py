@@ -195,8 +195,8 @@ def leapfrog_(
         q, p: positions and momenta, tensors or lists of the same shapes. Written. Parameters that
             require grad are accepted: the updates are not recorded.
         grad_fn: called with q, returns ∇L(q) as a tensor, or a list for a list. The last half kick
-            of a stage shares its gradient with the next: steps·stages + 1 calls, with 1 stage a step
-            for order 2, and 3 or 5 for order 4.
+            of a stage shares its gradient with the next: steps·stages + 1 calls, with 1 stage a
+            step for order 2, and 3 or 5 for order 4.
         dt: time step [time]; negative goes back.
         inv_mass, backend: as in `kick_drift_`. damping: γ [1/time].
 
@@ -259,20 +259,27 @@ def compose(
     gradient: Callable[[], list[Tensor]],
     kick_drift: Callable[[list[Tensor], float, float, float], object],
     kick: Callable[[list[Tensor], float, float], object],
+    *,
+    merged: bool = True,
 ) -> None:
-    """One damp–kick–drift–kick–damp step per size; adjacent half kicks are one, of one gradient."""
-    if not sizes:
-        return
-    damp, left = 1.0, 0.0  # what the stage before left undone: its half damping and half kick
+    """One damp–kick–drift–kick–damp step per size. The half kicks that meet share a gradient, and
+    are one kick where `merged`."""
+    left: tuple[float, float] | None = None  # the half kick and half damping of the stage before
     for h in sizes:
         half = math.exp(-0.5 * damping * h)
         grad = gradient()
         with torch.no_grad():
-            kick_drift(grad, half * left + 0.5 * h, h, half * damp)
-        damp, left = half, half * 0.5 * h
-    grad = gradient()
-    with torch.no_grad():
-        kick(grad, left, damp)
+            if merged and left is not None:
+                kick_drift(grad, half * left[0] + 0.5 * h, h, half * left[1])
+            else:
+                if left is not None:
+                    kick(grad, *left)
+                kick_drift(grad, 0.5 * h, h, half)
+        left = half * 0.5 * h, half
+    if left is not None:
+        grad = gradient()
+        with torch.no_grad():
+            kick(grad, *left)
 
 
 # ---- the compiled kernels: they take a call in which nothing is odd, and leave all else untouched

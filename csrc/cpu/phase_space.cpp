@@ -1,0 +1,327 @@
+// The same bits on every machine: no product is contracted with the sum that follows it. Ahead of
+// the headers, so that what is inlined from them obeys too.
+#if defined(__clang__)
+#pragma STDC FP_CONTRACT OFF
+#elif defined(__GNUC__)
+#pragma GCC optimize("fp-contract=off")
+#endif
+
+#include "gti/phase_space.h"
+
+#include <atomic>
+
+#include "chunks.h"
+#include "simd.h"
+
+namespace gti {
+namespace {
+
+constexpr int kLanes = 8;
+
+template <class T>
+using Lanes = Vec<T, kLanes>;
+
+// ---- stochastic rounding
+// -------------------------------------------------------------------------
+
+// 32 random bits for each place (its lower half; `far` is the upper): a function of key and place.
+GTI_INLINE Lanes<uint32_t> random_bits(const Lanes<uint32_t>& place, uint64_t key, uint32_t far) {
+  auto x = place * 0x9e3779b9u + (static_cast<uint32_t>(key) + far * 0x85ebca6bu);
+  x = (x ^ (x >> 16)) * 0x21f0aaadu;
+  x ^= static_cast<uint32_t>(key >> 32);
+  x = (x ^ (x >> 15)) * 0xd35a2d97u;
+  return x ^ (x >> 15);
+}
+
+GTI_INLINE void store_stochastic(bf16* x, const Lanes<float>& v, const Lanes<uint32_t>& random) {
+  const auto b = bits_as<Lanes<uint32_t>>(v);
+  const auto a = b & 0x7fffffffu;
+  const auto quiet = bits_as<Lanes<uint32_t>>(a > 0x7f800000u) & 0x40u;
+  store_u16<kLanes>(x, a >= 0x7f800000u ? (b >> 16) | quiet : (b + (random >> 16)) >> 16);
+}
+
+GTI_INLINE void store_stochastic(f16* x, const Lanes<float>& v, const Lanes<uint32_t>& random) {
+  const auto b = bits_as<Lanes<uint32_t>>(v);
+  const auto a = b & 0x7fffffffu;
+  const auto r = random >> 19;
+  const auto normal = (a - 0x38000000u + r) >> 13;
+  // Below 2^-14 halves are multiples of 2^-24.
+  const auto small = a < 0x38800000u ? a : a - a;
+  const auto multiple =
+      bits_as<Lanes<float>>(small) * 0x1p24f + __builtin_convertvector(r, Lanes<float>) * 0x1p-13f;
+  const auto subnormal =
+      bits_as<Lanes<uint32_t>>(__builtin_convertvector(multiple, Lanes<int32_t>));
+  auto h = a < 0x38800000u ? subnormal : normal;
+  h = (a >= 0x47800000u) | (h > 0x7c00u) ? h - h + 0x7c00u : h;  // 65536 and above: infinity
+  h = a > 0x7f800000u ? h - h + 0x7e00u : h;                     // NaN
+  store_u16<kLanes>(x, h | ((b >> 16) & 0x8000u));
+}
+
+// ---- a step on floating-point numbers
+// ------------------------------------------------------------
+
+template <class C>
+struct Factors {
+  C kick, damp, drift;  // `drift` holds the scalar mass too, where there is one
+  double energy;        // ½, times the scalar mass where there is one
+  uint64_t key;
+};
+
+// One chunk of n elements, the first of them at `place` of its item. Q, P: types of q
+// and grad, of p and w. Arithmetic is in C.
+template <bool kicks, bool drifts, class Q, class P, class C>
+GTI_INLINE double advance(Q* q, P* p, const Q* grad, const P* w, const Factors<C>& f, int64_t place,
+                          int64_t n) {
+  constexpr bool stochastic = sizeof(Q) == 2;
+  const auto as_c = [](const auto& v)
+                        GTI_INLINE_LAMBDA { return __builtin_convertvector(v, Lanes<C>); };
+  Lanes<double> sum = {};
+  Lanes<uint32_t> places = {0, 1, 2, 3, 4, 5, 6, 7};
+  places += static_cast<uint32_t>(place);
+  const auto far = static_cast<uint32_t>(place >> 32);  // of the whole chunk
+  const auto step = [&](Q* q_at, P* p_at, const Q* g_at, const P* w_at) GTI_INLINE_LAMBDA {
+    auto p_v = as_c(load<kLanes>(p_at));
+    if constexpr (kicks) {
+      const auto kicked = f.damp * p_v - f.kick * as_c(load<kLanes>(g_at));
+      store(p_at, __builtin_convertvector(kicked, Lanes<P>));
+      p_v = as_c(load<kLanes>(p_at));  // as rounded to P
+    }
+    if constexpr (drifts) {
+      const auto velocity = w_at ? as_c(load<kLanes>(w_at)) * p_v : p_v;
+      const auto moved = as_c(load<kLanes>(q_at)) + f.drift * velocity;
+      if constexpr (stochastic) {
+        store_stochastic(q_at, __builtin_convertvector(moved, Lanes<float>),
+                         random_bits(places, f.key, far));
+        places += kLanes;
+      } else {
+        store(q_at, __builtin_convertvector(moved, Lanes<Q>));
+      }
+      const auto p_w = widen<kLanes>(p_v);
+      sum += w_at ? widen<kLanes>(load<kLanes>(w_at)) * p_w * p_w : p_w * p_w;
+    }
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    step(drifts ? q + i : nullptr, p + i, kicks ? grad + i : nullptr, w ? w + i : nullptr);
+  if (i < n) {  // the tail, padded with zeros
+    const size_t q_bytes = (n - i) * sizeof(Q), p_bytes = (n - i) * sizeof(P);
+    Q q_t[kLanes] = {}, g_t[kLanes] = {};
+    P p_t[kLanes] = {}, w_t[kLanes] = {};
+    if (drifts) std::memcpy(q_t, q + i, q_bytes);
+    std::memcpy(p_t, p + i, p_bytes);
+    if (kicks) std::memcpy(g_t, grad + i, q_bytes);
+    if (w) std::memcpy(w_t, w + i, p_bytes);
+    step(q_t, p_t, g_t, w ? w_t : nullptr);
+    if (drifts) std::memcpy(q + i, q_t, q_bytes);
+    if (kicks) std::memcpy(p + i, p_t, p_bytes);
+  }
+  return f.energy * lane_sum<double, kLanes>(sum);
+}
+
+// The clones of one pair of types: the branches stand outside the loop.
+#define GTI_PHASE_CHUNK(Q, P, C)                                                            \
+  GTI_CLONES double phase_chunk(Q* q, P* p, const Q* grad, const P* w, const Factors<C>& f, \
+                                bool drifts, int64_t place, int64_t n) {                    \
+    if (!drifts) return advance<true, false, Q, P, C>(q, p, grad, nullptr, f, place, n);    \
+    if (!grad)                                                                              \
+      return w ? advance<false, true, Q, P, C>(q, p, grad, w, f, place, n)                  \
+               : advance<false, true, Q, P, C>(q, p, grad, nullptr, f, place, n);           \
+    return w ? advance<true, true, Q, P, C>(q, p, grad, w, f, place, n)                     \
+             : advance<true, true, Q, P, C>(q, p, grad, nullptr, f, place, n);              \
+  }
+GTI_PHASE_CHUNK(double, double, double)
+GTI_PHASE_CHUNK(double, float, double)
+GTI_PHASE_CHUNK(float, double, double)
+GTI_PHASE_CHUNK(float, float, float)
+GTI_PHASE_CHUNK(bf16, double, double)
+GTI_PHASE_CHUNK(bf16, float, float)
+GTI_PHASE_CHUNK(f16, double, double)
+GTI_PHASE_CHUNK(f16, float, float)
+#undef GTI_PHASE_CHUNK
+
+template <class Q, class P>
+double phase_chunk_of(const PhaseItem& item, const PhaseStep& step, uint64_t key, int64_t at,
+                      int64_t n) {
+  using C = std::conditional_t<sizeof(Q) == 8 || sizeof(P) == 8, double, float>;
+  const auto* grad = step.kicks && item.grad ? static_cast<const Q*>(item.grad) + at : nullptr;
+  const auto* w = item.inv_mass ? static_cast<const P*>(item.inv_mass) + at : nullptr;
+  const double mass = w ? 1.0 : item.inv_mass_scalar;
+  const Factors<C> f{static_cast<C>(step.kick), static_cast<C>(step.damp),
+                     static_cast<C>(step.drift * mass), 0.5 * mass, key};
+  if (!grad && !step.drifts) return 0.0;
+  return phase_chunk(static_cast<Q*>(item.q) + at, static_cast<P*>(item.p) + at, grad, w, f,
+                     step.drifts, at, n);
+}
+
+// The finaliser of splitmix64 (Steele, Lea & Flood 2014).
+uint64_t mixed(uint64_t x) {
+  x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+  x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+  return x ^ (x >> 31);
+}
+
+// ---- a step on the grid
+// --------------------------------------------------------------------------
+
+struct GridFactors {
+  double kick, drift;  // in units of the grid; `drift` holds the scalar mass too
+  double unit_q, limit_q;
+  int64_t sign;    // 0, or −1 where back: (x ^ sign) − sign is ±x
+  uint64_t first;  // key of the first element
+};
+
+struct Partial {
+  double energy;  // Σ w P²
+  uint64_t checksum;
+  bool inside;
+};
+
+template <bool kicks, bool drifts, class T>
+GTI_INLINE Partial grid_advance(T* q, const T* remainder, int64_t* Q, int64_t* P, const T* grad,
+                                const double* w, const GridFactors& f, int64_t n) {
+  using Int = Lanes<int64_t>;
+  using Bits = Lanes<uint64_t>;
+  using Real = Lanes<double>;
+  Real sum = {};
+  Bits checksum = {};
+  Int outside = {};
+  Bits key;
+  for (int l = 0; l < kLanes; ++l) key[l] = f.first + l * kChecksumKey;
+  // The nearest integer of x, or 0 where x is too large or NaN.
+  const auto increment = [&](const Real& x) GTI_INLINE_LAMBDA {
+    const Int small = abs<kLanes>(x) < kIncrementLimit;
+    outside |= ~small;
+    Real safe = bits_as<Real>(bits_as<Int>(x) & small);
+    for (int l = 0; l < kLanes; ++l) safe[l] = __builtin_rint(safe[l]);
+    return __builtin_convertvector(safe, Int);
+  };
+  const auto step = [&](T* q_at, const T* r_at, int64_t* Q_at, int64_t* P_at, const T* g_at,
+                        const double* w_at) GTI_INLINE_LAMBDA {
+    Int P_v;
+    std::memcpy(&P_v, P_at, sizeof(P_v));
+    if constexpr (kicks) {
+      const Int by = increment(f.kick * widen<kLanes>(load<kLanes>(g_at)));
+      const Bits z = bits_as<Bits>(by) + key;
+      checksum += (z & 0xffffffffu) * (z >> 32);
+      key += kLanes * kChecksumKey;
+      P_v -= (by ^ f.sign) - f.sign;
+      std::memcpy(P_at, &P_v, sizeof(P_v));
+    }
+    const Real p_v = __builtin_convertvector(P_v, Real);
+    if constexpr (kicks) outside |= ~(abs<kLanes>(p_v) < kMomentumLimit);
+    if constexpr (drifts) {
+      Real w_v = {}, rate = {};
+      rate += f.drift;
+      if (w_at) {
+        std::memcpy(&w_v, w_at, sizeof(w_v));
+        rate *= w_v;
+      }
+      Int Q_v;
+      std::memcpy(&Q_v, Q_at, sizeof(Q_v));
+      Q_v += (increment(rate * p_v) ^ f.sign) - f.sign;
+      std::memcpy(Q_at, &Q_v, sizeof(Q_v));
+      const Real q_v = __builtin_convertvector(Q_v, Real);
+      outside |= ~(abs<kLanes>(q_v) < f.limit_q);
+      // The unit is a power of two, so the product is exact.
+      const Real moved = r_at ? f.unit_q * q_v + widen<kLanes>(load<kLanes>(r_at)) : f.unit_q * q_v;
+      store(q_at, __builtin_convertvector(moved, Lanes<compute_t<T>>));
+      sum += w_at ? w_v * p_v * p_v : p_v * p_v;
+    }
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    step(q + i, remainder ? remainder + i : nullptr, Q + i, P + i, kicks ? grad + i : nullptr,
+         w ? w + i : nullptr);
+  if (i < n) {  // the tail, padded with zeros
+    const size_t bytes = (n - i) * sizeof(T), wide = (n - i) * 8;
+    T q_t[kLanes] = {}, r_t[kLanes] = {}, g_t[kLanes] = {};
+    int64_t Q_t[kLanes] = {}, P_t[kLanes] = {};
+    double w_t[kLanes] = {};
+    if (remainder) std::memcpy(r_t, remainder + i, bytes);
+    if (kicks) std::memcpy(g_t, grad + i, bytes);
+    if (w) std::memcpy(w_t, w + i, wide);
+    std::memcpy(Q_t, Q + i, wide);
+    std::memcpy(P_t, P + i, wide);
+    const Bits before = checksum, key_before = key;
+    step(q_t, remainder ? r_t : nullptr, Q_t, P_t, g_t, w ? w_t : nullptr);
+    const Bits added = checksum - before;
+    checksum = before;
+    if (kicks)
+      for (int l = 0; l < n - i; ++l) checksum[0] += added[l];  // the padding has no place
+    key = key_before;
+    if (kicks) std::memcpy(P + i, P_t, wide);
+    if (drifts) {
+      std::memcpy(Q + i, Q_t, wide);
+      std::memcpy(q + i, q_t, bytes);
+    }
+  }
+  int64_t any = 0;
+  uint64_t total = 0;
+  for (int l = 0; l < kLanes; ++l) {
+    any |= outside[l];
+    total += checksum[l];
+  }
+  return {lane_sum<double, kLanes>(sum), total, any == 0};
+}
+
+#define GTI_GRID_CHUNK(T)                                                                        \
+  GTI_CLONES Partial grid_chunk(T* q, const T* r, int64_t* Q, int64_t* P, const T* grad,         \
+                                const double* w, const GridFactors& f, bool drifts, int64_t n) { \
+    if (!drifts) return grid_advance<true, false, T>(q, nullptr, Q, P, grad, nullptr, f, n);     \
+    if (!grad) return grid_advance<false, true, T>(q, r, Q, P, grad, w, f, n);                   \
+    return r || w ? grid_advance<true, true, T>(q, r, Q, P, grad, w, f, n)                       \
+                  : grid_advance<true, true, T>(q, nullptr, Q, P, grad, nullptr, f, n);          \
+  }
+GTI_GRID_CHUNK(double)
+GTI_GRID_CHUNK(float)
+GTI_GRID_CHUNK(bf16)
+GTI_GRID_CHUNK(f16)
+#undef GTI_GRID_CHUNK
+
+}  // namespace
+
+double phase_step(const PhaseItem* items, int64_t n_items, const PhaseStep& step, int threads) {
+  return sum_over_chunks(
+      items, n_items, threads, [&](const PhaseItem& item, int64_t at, int64_t n) {
+        const uint64_t key = mixed(step.key + static_cast<uint64_t>(&item - items));
+        return with_dtype(item.q_dtype, [&](auto* tag) {
+          using Q = std::remove_pointer_t<decltype(tag)>;
+          return item.p_dtype == DType::f64 ? phase_chunk_of<Q, double>(item, step, key, at, n)
+                                            : phase_chunk_of<Q, float>(item, step, key, at, n);
+        });
+      });
+}
+
+GridResult grid_step(const GridItem* items, int64_t n_items, const GridStep& step, int threads) {
+  std::vector<int64_t> before(n_items + 1, 0);  // elements of the items before
+  for (int64_t i = 0; i < n_items; ++i) before[i + 1] = before[i] + items[i].count;
+  std::atomic<uint64_t> checksum = 0;  // integers: the order of additions does not matter
+  std::atomic<bool> inside = true;
+  const double energy =
+      sum_over_chunks(items, n_items, threads, [&](const GridItem& item, int64_t at, int64_t n) {
+        return with_dtype(item.dtype, [&](auto* tag) {
+          using T = std::remove_pointer_t<decltype(tag)>;
+          const auto* grad =
+              step.kicks && item.grad ? static_cast<const T*>(item.grad) + at : nullptr;
+          if (!grad && !step.drifts) return 0.0;
+          const auto* r = item.remainder ? static_cast<const T*>(item.remainder) + at : nullptr;
+          const auto* w = item.inv_mass ? item.inv_mass + at : nullptr;
+          const double mass = w ? 1.0 : item.inv_mass_scalar;
+          const GridFactors f{step.kick / item.unit_p,
+                              step.drift * (item.unit_p / item.unit_q) * mass,
+                              item.unit_q,
+                              item.limit_q,
+                              step.back ? -1 : 0,
+                              (before[&item - items] + at + 1) * kChecksumKey};
+          const Partial part = grid_chunk(static_cast<T*>(item.q) + at, r, item.Q + at, item.P + at,
+                                          grad, w, f, step.drifts, n);
+          checksum.fetch_add(part.checksum, std::memory_order_relaxed);
+          if (!part.inside) inside.store(false, std::memory_order_relaxed);
+          const double p_unit = step.scale * item.unit_p;
+          return 0.5 * mass * p_unit * p_unit * part.energy;
+        });
+      });
+  return {checksum, inside, energy};
+}
+
+}  // namespace gti
