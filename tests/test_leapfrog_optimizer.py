@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import math
@@ -15,6 +16,12 @@ import gti_kernels as gti
 from gti_kernels.models.simple_cnn import SimpleCNN
 
 F64 = torch.float64
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """The networks here are too small to gain from more."""
+    torch.set_num_threads(1)
 
 
 def parameter(*values, dtype=F64):
@@ -364,6 +371,143 @@ def test_reverse_before_any_step_says_so():
         optimizer.reverse(lambda: torch.zeros(()))
 
 
+# ---- exact reversal ------------------------------------------------------------------------------
+
+
+def grid_state(optimizer):
+    """Every bit of q and p, and of the grids they live on."""
+    return [
+        x
+        for space in optimizer.phase_spaces
+        for x in (*(q.detach().clone() for q in space.params), *space.momenta)
+    ] + [x for space in optimizer.phase_spaces for x in space.state_dict()["P"]]
+
+
+@pytest.mark.parametrize("form", ["closure", "staggered", "alternating"])
+def test_exact_walk_of_a_cnn_returns_every_bit(form):
+    """Damped, with the cap firing, a schedule of dt, two groups, and another batch each step."""
+    model, _ = cnn()
+    groups = [
+        {"params": qs, "momentum": [0.1 * torch.randn_like(q) for q in qs]}
+        for qs in (list(model.features.parameters()), list(model.head.parameters()))
+    ]
+    optimizer = gti.optim.Leapfrog(groups, 0.5, damping=0.01, energy_cap=1.0, exact=True)
+    batches = [(torch.randn(8, 1, 8, 8), torch.randint(10, (8,))) for _ in range(5)]
+
+    def closure_at(t):
+        x, y = batches[t % len(batches)]
+        return closure_of(optimizer, lambda: nn.functional.cross_entropy(model(x), y))
+
+    start, steps = grid_state(optimizer), 30
+    for t in range(steps):
+        optimizer.param_groups[1]["lr"] = 0.5 / (1 + t % 3)
+        if form == "closure" or (form == "alternating" and t % 4 < 2):
+            optimizer.step(closure_at(t))
+        else:
+            optimizer.step(loss=closure_at(t)())
+    assert 0 < int(optimizer.cap_engagements) < steps
+    assert not same(grid_state(optimizer), start)
+    for t in reversed(range(steps)):
+        optimizer.reverse(closure_at(t))
+    assert same(grid_state(optimizer), start)
+    with pytest.raises(RuntimeError, match="a step to walk back"):
+        optimizer.reverse(closure_at(0))
+
+
+@pytest.mark.parametrize("composition", ["yoshida", "suzuki"])
+def test_exact_walk_of_order_four(composition):
+    q, p, potential = kepler(0.3)
+    optimizer = gti.optim.Leapfrog([q], 0.1, 1.0, 0.2, 4, composition, exact=True, momentum=[p])
+    closure = closure_of(optimizer, potential)
+    start = grid_state(optimizer)
+    for _ in range(200):
+        optimizer.step(closure)
+    for _ in range(200):
+        optimizer.reverse(closure)
+    assert same(grid_state(optimizer), start)
+
+
+def test_exact_walk_is_the_walk_up_to_rounding():
+    ends = []
+    for exact in (False, True):
+        model, potential = cnn(dtype=F64)
+        optimizer = gti.optim.Leapfrog(model.parameters(), 0.1, damping=0.3, exact=exact)
+        closure = closure_of(optimizer, potential)
+        for _ in range(5):
+            optimizer.step(closure)
+            run(optimizer, potential, 1)
+        ends.append((values(model), optimizer.energy()))
+    for x, y in zip(ends[0][0], ends[1][0]):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-10)
+    torch.testing.assert_close(ends[0][1], ends[1][1], rtol=1e-9, atol=1e-10)
+
+
+def test_exact_walk_back_in_another_process():
+    """Out, saved in the middle; back from the file."""
+
+    def begin():
+        model, potential = cnn()
+        optimizer = gti.optim.Leapfrog(model.parameters(), 0.2, damping=0.1, exact=True)
+        return model, potential, optimizer
+
+    _, potential, optimizer = begin()
+    start = grid_state(optimizer)
+    closure = closure_of(optimizer, potential)
+    for _ in range(5):
+        optimizer.step(closure)
+    run(optimizer, potential, 5)
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    model2, potential2, optimizer2 = begin()
+    with torch.no_grad():
+        for q in model2.parameters():
+            q.zero_()  # with exact, positions come from the file as well
+    optimizer2.load_state_dict(torch.load(file))
+    for _ in range(10):
+        optimizer2.reverse(closure_of(optimizer2, potential2))
+    assert same(grid_state(optimizer2), start)
+
+
+def test_exact_walk_back_with_another_gradient_is_refused():
+    model, potential = cnn()
+    optimizer = gti.optim.Leapfrog(model.parameters(), 0.2, exact=True)
+    closure = closure_of(optimizer, potential)
+    for _ in range(4):
+        optimizer.step(closure)
+    with pytest.raises(RuntimeError, match="at step 4"):
+        optimizer.reverse(closure_of(optimizer, lambda: 1.000001 * potential()))
+
+
+def test_exact_walk_back_goes_on_after_an_exception():
+    model, potential = cnn()
+    optimizer = gti.optim.Leapfrog(model.parameters(), 0.2, damping=0.1, exact=True)
+    closure, start = closure_of(optimizer, potential), grid_state(optimizer)
+
+    def failing():
+        loss = closure()
+        if closure.calls % 3 == 0:
+            raise KeyboardInterrupt
+        return loss
+
+    done = 0
+    while done < 12:
+        with contextlib.suppress(KeyboardInterrupt):
+            optimizer.step(failing) if done % 4 < 2 else optimizer.step(loss=failing())
+        done += 1
+    steps = len(optimizer._walked)
+    assert steps > 4
+    while True:
+        try:
+            optimizer.reverse(failing)
+        except KeyboardInterrupt:
+            continue
+        except RuntimeError as error:
+            assert "a step to walk back" in str(error)
+            break
+    assert same(grid_state(optimizer), start)
+
+
 # ---- energy cap ----------------------------------------------------------------------------------
 
 
@@ -556,6 +700,7 @@ SETTINGS = {
     "capped": {"energy_cap": 1.001, "momentum": "gaussian", "inv_mass": 3.0},
     "bf16": {"dtype": torch.bfloat16},
     "fp64": {"dtype": F64},
+    "exact": {"exact": True, "damping": 0.1},
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -10,9 +11,12 @@ from torch import Tensor
 
 from ..ops.arguments import finite
 from ..ops.leapfrog import stage_sizes
-from .phase_optimizer import Closure, PhaseOptimizer
+from .phase_optimizer import Closure, Owed, PhaseOptimizer
 
 _EPSILON = 1e-12
+#: What `reverse` undoes: `_owed` before the step, the factor of all momenta at its beginning, and
+#: its stages, each with (kick, size of the drift or None, damp) for every group.
+Step = tuple[list[Owed | None], float, list[list[tuple[float, float | None, float]]]]
 
 
 class Leapfrog(PhaseOptimizer):
@@ -101,6 +105,7 @@ class Leapfrog(PhaseOptimizer):
                 raise ValueError(f"Leapfrog: energy_cap must be > 0 or None, got {energy_cap}")
         self._energy_cap = energy_cap
         self._initial_energy: Tensor | None = None
+        self._walked: list[Step] = []  # with exact, all steps that can be undone
         defaults = {
             "lr": finite("Leapfrog", "dt", dt),
             "inv_mass": inv_mass,
@@ -128,23 +133,42 @@ class Leapfrog(PhaseOptimizer):
         return self._closure_step(closure, self._fractions)
 
     @torch.no_grad()
-    def reverse(self, closure: Closure) -> Any:
+    def reverse(self, closure: Closure) -> Tensor:
         """Walks back the last step; returns the loss where it ends.
 
-        The closure is that of the step walked back. After step() it is called at the positions
-        before that step; after step(closure) at both ends of it. Without `exact` this undoes, up to
-        rounding, a step of the present lr and damping; momenta that the energy cap has scaled stay
-        scaled.
+        The closure is that of the step walked back: it is called at both ends of a step(closure),
+        and at the positions before a step() without one. With `exact` any number of steps, of
+        either form, returns every bit, whatever lr, damping and cap were. Else this undoes, up to
+        rounding, a step of the present form, lr and damping; momenta that the energy cap has scaled
+        stay scaled. Where the closure raises, the next `reverse` goes on from there.
         """
         self._check_groups()
-        if None in self._owed:
+        step = self._walked[-1] if self._walked else None
+        if not self._exact and None not in self._owed:
+            step = self._step_to_here()
+        if step is None:
             raise RuntimeError("reverse: expected a step to walk back, got none")
+        begin, factor, stages = step
         self._before = []
-        if all(owed == (0.0, 1.0) for owed in self._owed):
-            back = [-w for w in reversed(self._fractions)]  # a palindrome undoes itself
-            self._closure_step(closure, back, capped=False)
-            return self._loss
-        return self._reverse_staggered_step(closure)
+        while stages:
+            for i, (kick, h, damp) in enumerate(stages[-1]):
+                if h is not None:
+                    half = self._half_damp(self.param_groups[i], h)
+                    self.phase_spaces[i].drift_(-h)
+                    self._owed[i] = -0.5 * h / half, 1.0 / half  # for a step, should closure raise
+                    stages[-1][i] = kick, None, damp
+            self._potential(closure)
+            for i, (kick, _, damp) in enumerate(stages[-1]):
+                self._kinetic[i] = None
+                self.phase_spaces[i].kick_(-kick / damp, damp=1.0 / damp)
+            stages.pop()
+        if factor != 1.0:
+            self._scale(1.0 / factor)
+        self._owed = list(begin)
+        if self._exact:
+            self._walked.pop()
+        self._remember(closure)
+        return self._potential(closure)
 
     @property
     def cap_engagements(self) -> Tensor:
@@ -160,8 +184,54 @@ class Leapfrog(PhaseOptimizer):
     def _half_damp(self, group: dict[str, Any], h: float) -> float:
         return math.exp(-0.5 * group["damping"] * h)
 
+    def _begin_step(self, loss: Tensor | None) -> Tensor | None:
+        factor = self._cap(loss)
+        if not self._exact:
+            return factor
+        # Its way back must know the number, and the grid waits for the device at each call anyhow.
+        number = 1.0 if factor is None else float(factor)
+        self._walked.append((list(self._owed), number, []))
+        if number != 1.0:
+            self._scale(number)
+        return None
+
+    def _scale(self, factor: float) -> None:
+        for i, space in enumerate(self.phase_spaces):
+            self._kinetic[i] = None
+            space.scale_momenta_(factor)
+
     def _move(self, i: int, kick: float, h: float, damp: float | Tensor) -> Tensor:
-        return self.phase_spaces[i].kick_drift_(kick, h, damp=damp)
+        kinetic = self.phase_spaces[i].kick_drift_(kick, h, damp=damp)
+        self._walk(i, kick, h, damp)
+        return kinetic
+
+    def _kick(self, i: int, kick: float, damp: float) -> None:
+        super()._kick(i, kick, damp)
+        self._walk(i, self._sign(i) * kick, None, damp)
+
+    def _walk(self, i: int, kick: float, h: float | None, damp: Any) -> None:
+        if self._exact:
+            stages = self._walked[-1][2]
+            if i == 0:
+                stages.append([])
+            stages[-1].append((kick, h, damp))
+
+    def _step_to_here(self) -> Step:
+        """What a step of the present lr and damping would have done to end as things are."""
+        owed = [owed or (0.0, 1.0) for owed in self._owed]
+        synchronised = all(x == (0.0, 1.0) for x in owed)
+        step: Step = (list(owed), 1.0, [])
+        for w in self._fractions if synchronised else (1.0,):
+            step[2].append([])
+            for i, group in enumerate(self.param_groups):
+                h = w * group["lr"]
+                kick, damp, owed[i] = self._stage(group, owed[i], h, synchronised=synchronised)
+                step[2][-1].append((self._sign(i) * kick, h, damp))
+        if synchronised:
+            step[2].append(
+                [(self._sign(i) * kick, None, damp) for i, (kick, damp) in enumerate(owed)]
+            )
+        return step
 
     def _cap(self, loss: Tensor | None) -> Tensor | None:
         if self._energy_cap is None:
@@ -181,21 +251,6 @@ class Leapfrog(PhaseOptimizer):
         room = (limit - potential).clamp(min=_EPSILON)
         return torch.where(over, (room / kinetic.clamp(min=_EPSILON)).sqrt(), 1.0)
 
-    def _reverse_staggered_step(self, closure: Closure) -> Tensor:
-        self._evaluated = None
-        for i, (group, space) in enumerate(zip(self.param_groups, self.phase_spaces)):
-            half = self._half_damp(group, group["lr"])
-            space.drift_(-group["lr"])
-            self._owed[i] = -0.5 * group["lr"] / half, 1.0 / half  # should the closure raise
-        loss = self._potential(closure)
-        for i, (group, space) in enumerate(zip(self.param_groups, self.phase_spaces)):
-            half = self._half_damp(group, group["lr"])
-            self._kinetic[i] = None
-            space.kick_(-self._sign(i) * group["lr"] / half**2, damp=1.0 / half**2)
-            self._owed[i] = 0.5 * group["lr"], half
-        self._evaluated = None
-        return loss
-
     def _settings(self) -> list[str]:
         return [*super()._settings(), "_fractions", "_energy_cap"]
 
@@ -204,6 +259,7 @@ class Leapfrog(PhaseOptimizer):
             **super()._saved(),
             "initial_energy": self._initial_energy,
             "engagements": self._engagements,
+            "walked": copy.deepcopy(self._walked),
         }
 
     def _restore(self, saved: dict[str, Any]) -> None:
@@ -211,3 +267,4 @@ class Leapfrog(PhaseOptimizer):
         initial = saved["initial_energy"]
         self._initial_energy = None if initial is None else initial.to(self._device)
         self._engagements = saved["engagements"].to(self._device)
+        self._walked = copy.deepcopy(saved["walked"])

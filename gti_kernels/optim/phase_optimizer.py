@@ -73,11 +73,13 @@ class PhaseOptimizer(torch.optim.Optimizer):
             h, before = group["lr"], self._kinetic_energy(i)
             if factor is not None:
                 before = before * factor.to(before.device).square()
-            half = self._half_damp(group, h)
-            kick, damp = self._owed[i] or (0.5 * h, half)
-            self._before[i:] = [(before, kick / (kick + 0.5 * h) if kick + 0.5 * h else 0.0)]
-            self._advance(i, kick + 0.5 * h, h, damp * half, factor)
-            self._owed[i] = 0.5 * h, half
+            owed = self._owed[i] or (0.5 * h, self._half_damp(group, h))
+            self._before[i:] = [
+                (before, owed[0] / (owed[0] + 0.5 * h) if owed[0] + 0.5 * h else 0.0)
+            ]
+            kick, damp, owed = self._stage(group, owed, h, synchronised=False)
+            self._advance(i, kick, h, damp, factor)
+            self._owed[i] = owed
 
     def _closure_step(self, closure: Closure, fractions: Sequence[float]) -> Tensor:
         """Kick, motion and kick per fraction of a step; p and q end at the same time."""
@@ -90,17 +92,26 @@ class PhaseOptimizer(torch.optim.Optimizer):
             self._before, self._evaluated = [], None
             for i, group in enumerate(self.param_groups):
                 h = w * group["lr"]
-                half = self._half_damp(group, h)
-                kick, damp = self._owed[i] or (0.0, 1.0)
-                self._advance(i, half * kick + 0.5 * h, h, half * damp, factor)
-                self._owed[i] = half * 0.5 * h, half
+                owed = self._owed[i] or (0.0, 1.0)
+                kick, damp, left = self._stage(group, owed, h, synchronised=True)
+                self._advance(i, kick, h, damp, factor)
+                self._owed[i] = left
             factor = None
         self._potential(closure)
-        for i, owed in enumerate(self._owed):
-            self._kick(i, *(owed or (0.0, 1.0)))
+        for i, rest in enumerate(self._owed):
+            self._kick(i, *(rest or (0.0, 1.0)))
             self._owed[i] = 0.0, 1.0
         self._remember(closure)
         return start
+
+    def _stage(
+        self, group: dict[str, Any], owed: Owed, h: float, *, synchronised: bool
+    ) -> tuple[float, float, Owed]:
+        """kick and damp of a stage of size h, with what the one before owed; and what it owes."""
+        (kick, damp), half = owed, self._half_damp(group, h)
+        if synchronised:  # owed: p ← half (p − (h/2) ∇L); then p ← half p − (h/2) ∇L
+            return half * kick + 0.5 * h, half * damp, (half * 0.5 * h, half)
+        return kick + 0.5 * h, half * damp, (0.5 * h, half)
 
     def _begin_step(self, loss: Tensor | None) -> Tensor | None:
         """The factor of all momenta for the first kick of the step."""
