@@ -54,12 +54,14 @@ class Leapfrog(PhaseOptimizer):
             L < α H₀. It needs H₀ > 0 to make sense, and the loss: step(closure) or
             step(loss=loss). `cap_engagements` counts.
         exact: q and p live on an integer grid, and `reverse` returns to every bit; see
-            `gti_kernels.PhaseSpace`.
+            `gti_kernels.PhaseSpace`. The grid holds the positions: parameters must not be written
+            by others, and load_state_dict restores them (call it after the model's own).
         momentum: "zeros", "gaussian" (variance M, by seed) or tensors like params.
         seed: of gaussian momenta and of stochastic rounding (bf16 and fp16 parameters).
         maximize: climb the loss; its sign in H is then reversed.
 
-    A parameter whose grad is None is passed over; sparse gradients are refused. Works with
+    A parameter whose grad is None is not kicked; it drifts on with the momentum it has, which is
+    zero if it never had a gradient. Sparse gradients are refused. Works with
     GradScaler, gradient accumulation, DistributedDataParallel and LR schedulers. A closure that
     raises leaves a state from which the next step goes on: p owes what the interrupted one had
     left. Move the model to its device before.
@@ -162,8 +164,7 @@ class Leapfrog(PhaseOptimizer):
                 self._kinetic[i] = None
                 self.phase_spaces[i].kick_(-kick / damp, damp=1.0 / damp)
             stages.pop()
-        if factor != 1.0:
-            self._scale(1.0 / factor)
+        self._scale(1.0 / factor)
         self._owed = list(begin)
         if self._exact:
             self._walked.pop()
@@ -191,17 +192,23 @@ class Leapfrog(PhaseOptimizer):
         # Its way back must know the number, and the grid waits for the device at each call anyhow.
         number = 1.0 if factor is None else float(factor)
         self._walked.append((list(self._owed), number, []))
-        if number != 1.0:
-            self._scale(number)
+        self._scale(number)
         return None
 
     def _scale(self, factor: float) -> None:
+        if factor == 1.0:
+            return
         for i, space in enumerate(self.phase_spaces):
             self._kinetic[i] = None
             space.scale_momenta_(factor)
 
     def _move(self, i: int, kick: float, h: float, damp: float | Tensor) -> Tensor:
-        kinetic = self.phase_spaces[i].kick_drift_(kick, h, damp=damp)
+        try:
+            kinetic = self.phase_spaces[i].kick_drift_(kick, h, damp=damp)
+        except BaseException:
+            if self._exact and not self._walked[-1][2]:  # nothing has moved
+                self._scale(1.0 / self._walked.pop()[1])
+            raise
         self._walk(i, kick, h, damp)
         return kinetic
 

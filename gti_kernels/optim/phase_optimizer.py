@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from types import MethodType
 from typing import Any
 
 import torch
@@ -119,7 +118,7 @@ class PhaseOptimizer(torch.optim.Optimizer):
 
     def _advance(self, i: int, kick: float, h: float, damp: float, factor: Tensor | None) -> None:
         self._kinetic[i] = None  # whatever happens below
-        scaled = damp if factor is None else damp * factor.to(self.phase_spaces[i].params[0].device)
+        scaled = damp if factor is None else damp * factor.to(self.phase_spaces[i].device)
         self._kinetic[i] = self._move(i, self._sign(i) * kick, h, scaled)
 
     def _kick(self, i: int, kick: float, damp: float) -> None:
@@ -170,7 +169,7 @@ class PhaseOptimizer(torch.optim.Optimizer):
             return False
         reference, versions, grads = self._evaluated
         return (
-            reference() == closure
+            reference() is closure
             and all(
                 g is q.grad
                 for g, q in zip(grads, (q for x in self.param_groups for q in x["params"]))
@@ -221,7 +220,7 @@ class PhaseOptimizer(torch.optim.Optimizer):
     @property
     def _device(self) -> torch.device:
         """Where losses and energies are kept: the device of the first parameter."""
-        return self.phase_spaces[0].params[0].device
+        return next((x.device for x in self.phase_spaces if x.params), torch.device("cpu"))
 
     def _kinetic_energy(self, i: int) -> Tensor:
         kinetic = self._kinetic[i]
@@ -304,7 +303,7 @@ class PhaseOptimizer(torch.optim.Optimizer):
         }
 
     def _restore(self, saved: dict[str, Any]) -> None:
-        devices = [space.params[0].device for space in self.phase_spaces]
+        devices = [space.device for space in self.phase_spaces]
         self._owed = [None if owed is None else (owed[0], owed[1]) for owed in saved["owed"]]
         self._kinetic = [None if k is None else k.to(d) for k, d in zip(saved["kinetic"], devices)]
         self._before = [(k.to(d), w) for (k, w), d in zip(saved["before"], devices)]
@@ -323,8 +322,6 @@ class PhaseOptimizer(torch.optim.Optimizer):
 def _weakly(closure: Closure) -> Callable[[], Any]:
     """A reference that does not keep the closure, and the batch it holds, in memory."""
     try:
-        return (
-            weakref.WeakMethod(closure) if isinstance(closure, MethodType) else weakref.ref(closure)
-        )
+        return weakref.ref(closure)
     except TypeError:
         return lambda: None  # cannot be referred to: never taken for the same
