@@ -368,6 +368,27 @@ def test_reverse_walks_back_over_batches_without_closure(damping):
         torch.testing.assert_close(x, y, rtol=1e-10, atol=1e-12)
 
 
+def test_a_reverse_that_was_interrupted_goes_on():
+    q, p, potential = kepler(0.3)
+    optimizer = gti.optim.Leapfrog([q], 0.05, inv_mass=1.0, damping=0.1, order=4, momentum=[p])
+    closure = closure_of(optimizer, potential)
+
+    def failing():
+        loss = closure()
+        if closure.calls % 4 == 0:
+            raise KeyboardInterrupt
+        return loss
+
+    start = q.detach().clone()
+    optimizer.step(closure)
+    with pytest.raises(KeyboardInterrupt):
+        while True:
+            optimizer.reverse(failing)
+    optimizer.reverse(closure)
+    torch.testing.assert_close(q.detach(), start, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(optimizer.phase_spaces[0].momenta[0], p, rtol=1e-12, atol=1e-12)
+
+
 def test_reverse_before_any_step_says_so():
     optimizer = gti.optim.Leapfrog([parameter(1.0)], 0.1)
     with pytest.raises(RuntimeError, match="a step to walk back"):

@@ -107,7 +107,7 @@ class Leapfrog(PhaseOptimizer):
                 raise ValueError(f"Leapfrog: energy_cap must be > 0 or None, got {energy_cap}")
         self._energy_cap = energy_cap
         self._initial_energy: Tensor | None = None
-        self._walked: list[Step] = []  # with exact, all steps that can be undone
+        self._walked: list[Step] = []  # with exact, all steps; else one that is half undone
         defaults = {
             "lr": finite("Leapfrog", "dt", dt),
             "inv_mass": inv_mass,
@@ -145,12 +145,11 @@ class Leapfrog(PhaseOptimizer):
         stay scaled. Where the closure raises, the next `reverse` goes on from there.
         """
         self._check_groups()
-        step = self._walked[-1] if self._walked else None
-        if not self._exact and None not in self._owed:
-            step = self._step_to_here()
-        if step is None:
-            raise RuntimeError("reverse: expected a step to walk back, got none")
-        begin, factor, stages = step
+        if not self._walked:
+            if self._exact or None in self._owed:
+                raise RuntimeError("reverse: expected a step to walk back, got none")
+            self._walked.append(self._step_to_here())
+        begin, factor, stages = self._walked[-1]
         self._before = []
         while stages:
             for i, (kick, h, damp) in enumerate(stages[-1]):
@@ -166,17 +165,14 @@ class Leapfrog(PhaseOptimizer):
             stages.pop()
         self._scale(1.0 / factor)
         self._owed = list(begin)
-        if self._exact:
-            self._walked.pop()
+        self._walked.pop()
         self._remember(closure)
         return self._potential(closure)
 
     @property
     def cap_engagements(self) -> Tensor:
-        """How often the energy cap has scaled the momenta: 0-d int64, on the device of the loss."""
-        return (
-            torch.zeros((), dtype=torch.int64) if self._engagements is None else self._engagements
-        )
+        """How often the energy cap has scaled the momenta: 0-d int64, on the device."""
+        return self._engagements
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
@@ -188,6 +184,7 @@ class Leapfrog(PhaseOptimizer):
     def _begin_step(self, loss: Tensor | None) -> Tensor | None:
         factor = self._cap(loss)
         if not self._exact:
+            self._walked.clear()
             return factor
         # Its way back must know the number, and the grid waits for the device at each call anyhow.
         number = 1.0 if factor is None else float(factor)

@@ -73,12 +73,10 @@ class PhaseOptimizer(torch.optim.Optimizer):
             if factor is not None:
                 before = before * factor.to(before.device).square()
             owed = self._owed[i] or (0.5 * h, self._half_damp(group, h))
-            self._before[i:] = [
-                (before, owed[0] / (owed[0] + 0.5 * h) if owed[0] + 0.5 * h else 0.0)
-            ]
-            kick, damp, owed = self._stage(group, owed, h, synchronised=False)
+            kick, damp, left = self._stage(group, owed, h, synchronised=False)
+            self._before[i:] = [(before, owed[0] / kick if kick else 0.0)]
             self._advance(i, kick, h, damp, factor)
-            self._owed[i] = owed
+            self._owed[i] = left
 
     def _closure_step(self, closure: Closure, fractions: Sequence[float]) -> Tensor:
         """Kick, motion and kick per fraction of a step; p and q end at the same time."""
@@ -215,7 +213,8 @@ class PhaseOptimizer(torch.optim.Optimizer):
         return signs.pop() * loss.to(torch.float64)
 
     def _total(self, kinetic: Sequence[Tensor]) -> Tensor:
-        return sum((k.to(self._device) for k in kinetic[1:]), kinetic[0])
+        first, *others = (k.to(self._device) for k in kinetic)
+        return sum(others, first)
 
     @property
     def _device(self) -> torch.device:
