@@ -28,9 +28,9 @@ Scalar = float | Tensor
 Grads = Sequence[Tensor | None]
 
 # Units of the grid, relative to the largest coordinate of a tensor (or to 1 where all are zero).
-# Half of an int64 is left above it: positions may grow 2⁹-fold; momenta 2²²-fold, since damping
-# makes their integers grow instead of the numbers shrink.
-UNIT_Q, UNIT_P = 2.0**-52, 2.0**-40
+# Integers stay below 2⁶²: q may grow 2¹⁴-fold; p 2²²-fold, as damping does not make its integers
+# shrink. An increment stays below 2⁵¹.
+UNIT_Q, UNIT_P = 2.0**-48, 2.0**-40
 
 
 class Move(NamedTuple):
@@ -63,7 +63,7 @@ class PhaseSpace:
     (five numbers each). A call that undoes the last one — the negative step, 1/damp, in reverse
     order — takes it back from there: the momentum and the position return to the bit. For a kick
     ∇L must be the same to the bit: a checksum of the increments tells, and the call raises and
-    names the step where it is not. u is 2⁻⁵² of the largest |q| of a tensor, v 2⁻⁴⁰ of the largest
+    names the step where it is not. u is 2⁻⁴⁸ of the largest |q| of a tensor, v 2⁻⁴⁰ of the largest
     |p| (of 1 where all are zero). The bits are the same on every backend.
 
     Args:
@@ -490,11 +490,6 @@ class _Grid:
 
     def _make_plan(self) -> None:
         space = self.space
-        # |Q| below 2⁶², and q below the largest number of its dtype.
-        self.limit_q = [
-            min(2.0**62, torch.finfo(q.dtype).max / 2 / u)
-            for q, u in zip(space.params, self.unit_q)
-        ]
         self.mass = [
             _laid_out_like(q, w.detach().double()) if isinstance(w, Tensor) else w
             for q, w in zip(space.params, space.inv_mass)
@@ -515,7 +510,6 @@ class _Grid:
                 owned,
                 self.unit_q,
                 self.unit_p,
-                self.limit_q,
             )
 
     def momenta(self) -> list[Tensor]:
@@ -641,7 +635,6 @@ class _Grid:
                     self.mass,
                     self.unit_q,
                     self.unit_p,
-                    self.limit_q,
                     *numbers,
                 )
                 result = int(checksum) & reference.MASK, bool(inside), energy

@@ -175,8 +175,7 @@ class GridPlan {
  public:
   // Q, P: the integers, each as the fp64 tensor of the same bits. remainders: tensors or None.
   GridPlan(py::list params, py::list Q, py::list P, py::list remainders, py::list inv_mass,
-           py::list owned, const std::vector<double>& unit_q, const std::vector<double>& unit_p,
-           const std::vector<double>& limit_q)
+           py::list owned, const std::vector<double>& unit_q, const std::vector<double>& unit_p)
       : plan_(std::move(params), std::move(owned)), items_(plan_.size()) {
     for (size_t i = 0; i < items_.size(); ++i)
       items_[i] = {plan_.q(i).dtype,
@@ -189,8 +188,7 @@ class GridPlan {
                    static_cast<const double*>(mass_address(inv_mass[i])),
                    scalar_mass(inv_mass[i]),
                    unit_q[i],
-                   unit_p[i],
-                   limit_q[i]};
+                   unit_p[i]};
   }
 
   // (checksum, inside, kinetic energy), or None where the plan is not what it was or a gradient is
@@ -221,8 +219,7 @@ void bind_phase_space(py::module_& module) {
       .def("step", &PhasePlan::step);
   py::class_<GridPlan>(module, "GridPlan")
       .def(py::init<py::list, py::list, py::list, py::list, py::list, py::list,
-                    const std::vector<double>&, const std::vector<double>&,
-                    const std::vector<double>&>())
+                    const std::vector<double>&, const std::vector<double>&>())
       .def("step", &GridPlan::step);
 }
 
