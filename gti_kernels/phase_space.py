@@ -273,7 +273,6 @@ class PhaseSpace:
             merged=not self.exact,
         )
 
-    @torch.no_grad()
     def _step(
         self,
         op: str,
@@ -405,20 +404,21 @@ class _Floats:
             numbers = (kicks, drifts, kick, damp, drift, key, torch.get_num_threads())
             energy = self.plan.step(grads, *numbers)
         if energy is None:
-            if kicks:
-                grads = space.checked_gradients(op, grads)
-            else:
-                space.check_layouts(op)
-                grads = [None] * len(space.params)
-            if self.plan is not None:
-                energy = self.plan.step(grads, *numbers)
-                if energy is None:
-                    raise RuntimeError(
-                        f"{op}: the plan is stale: the memory of its momenta or masses has moved, "
-                        f"or a gradient is a lazy view. Make a new PhaseSpace"
-                    )
-            else:
-                energy = self._elsewhere(kicks, drifts, kick, damp, drift, grads, key)
+            with torch.no_grad():
+                if kicks:
+                    grads = space.checked_gradients(op, grads)
+                else:
+                    space.check_layouts(op)
+                    grads = [None] * len(space.params)
+                if self.plan is None:
+                    energy = self._elsewhere(kicks, drifts, kick, damp, drift, grads, key)
+                else:
+                    energy = self.plan.step(grads, *numbers)
+        if energy is None:
+            raise RuntimeError(
+                f"{op}: the plan is stale: the memory of its momenta or masses has moved. Make a "
+                f"new PhaseSpace"
+            )
         space.wrote(q=drifts, p=kicks)
         space.step_count += drifts
         return energy
@@ -614,20 +614,17 @@ class _Grid:
         space, result = self.space, None
         if self.plan is not None:
             result = self.plan.step(grads, *numbers, torch.get_num_threads())
-        if result is None:
+        if result is not None:
+            return result
+        with torch.no_grad():
             if kicks:
                 grads = space.checked_gradients(op, grads)
             else:
                 space.check_layouts(op)
                 grads = [None] * len(space.params)
-            if self.plan is not None:
-                result = self.plan.step(grads, *numbers, torch.get_num_threads())
-                if result is None:
-                    raise RuntimeError(f"{op}: the plan is stale. Make a new PhaseSpace")
-            else:
-                q = [x.detach() for x in space.params]
+            if self.plan is None:
                 checksum, inside, energy = reference.grid_step(
-                    q,
+                    space.params,
                     self.rest_q,
                     self.Q,
                     self.P,
@@ -637,7 +634,12 @@ class _Grid:
                     self.unit_p,
                     *numbers,
                 )
-                result = int(checksum) & reference.MASK, bool(inside), energy
+                return int(checksum) & reference.MASK, bool(inside), energy
+        result = self.plan.step(grads, *numbers, torch.get_num_threads())
+        if result is None:
+            raise RuntimeError(
+                f"{op}: the plan is stale: the memory of its grid has moved. Make a new PhaseSpace"
+            )
         return result
 
     def scale_(self, factor: float) -> None:
