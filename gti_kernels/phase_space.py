@@ -28,9 +28,9 @@ Scalar = float | Tensor
 Grads = Sequence[Tensor | None]
 
 # Units of the grid, relative to the largest coordinate of a tensor (or to 1 where all are zero).
-# Half of an int64 is left above it: positions may grow 2⁹-fold; momenta 2²²-fold, since damping
-# makes their integers grow instead of the numbers shrink.
-UNIT_Q, UNIT_P = 2.0**-52, 2.0**-40
+# Integers stay below 2⁶²: q may grow 2¹⁴-fold; p 2²²-fold, as damping does not make its integers
+# shrink. An increment stays below 2⁵¹.
+UNIT_Q, UNIT_P = 2.0**-48, 2.0**-40
 
 
 class Move(NamedTuple):
@@ -63,7 +63,7 @@ class PhaseSpace:
     (five numbers each). A call that undoes the last one — the negative step, 1/damp, in reverse
     order — takes it back from there: the momentum and the position return to the bit. For a kick
     ∇L must be the same to the bit: a checksum of the increments tells, and the call raises and
-    names the step where it is not. u is 2⁻⁵² of the largest |q| of a tensor, v 2⁻⁴⁰ of the largest
+    names the step where it is not. u is 2⁻⁴⁸ of the largest |q| of a tensor, v 2⁻⁴⁰ of the largest
     |p| (of 1 where all are zero). The bits are the same on every backend.
 
     Args:
@@ -273,7 +273,6 @@ class PhaseSpace:
             merged=not self.exact,
         )
 
-    @torch.no_grad()
     def _step(
         self,
         op: str,
@@ -405,20 +404,21 @@ class _Floats:
             numbers = (kicks, drifts, kick, damp, drift, key, torch.get_num_threads())
             energy = self.plan.step(grads, *numbers)
         if energy is None:
-            if kicks:
-                grads = space.checked_gradients(op, grads)
-            else:
-                space.check_layouts(op)
-                grads = [None] * len(space.params)
-            if self.plan is not None:
-                energy = self.plan.step(grads, *numbers)
-                if energy is None:
-                    raise RuntimeError(
-                        f"{op}: the plan is stale: the memory of its momenta or masses has moved, "
-                        f"or a gradient is a lazy view. Make a new PhaseSpace"
-                    )
-            else:
-                energy = self._elsewhere(kicks, drifts, kick, damp, drift, grads, key)
+            with torch.no_grad():
+                if kicks:
+                    grads = space.checked_gradients(op, grads)
+                else:
+                    space.check_layouts(op)
+                    grads = [None] * len(space.params)
+                if self.plan is None:
+                    energy = self._elsewhere(kicks, drifts, kick, damp, drift, grads, key)
+                else:
+                    energy = self.plan.step(grads, *numbers)
+        if energy is None:
+            raise RuntimeError(
+                f"{op}: the plan is stale: the memory of its momenta or masses has moved. Make a "
+                f"new PhaseSpace"
+            )
         space.wrote(q=drifts, p=kicks)
         space.step_count += drifts
         return energy
@@ -490,11 +490,6 @@ class _Grid:
 
     def _make_plan(self) -> None:
         space = self.space
-        # |Q| below 2⁶², and q below the largest number of its dtype.
-        self.limit_q = [
-            min(2.0**62, torch.finfo(q.dtype).max / 2 / u)
-            for q, u in zip(space.params, self.unit_q)
-        ]
         self.mass = [
             _laid_out_like(q, w.detach().double()) if isinstance(w, Tensor) else w
             for q, w in zip(space.params, space.inv_mass)
@@ -515,7 +510,6 @@ class _Grid:
                 owned,
                 self.unit_q,
                 self.unit_p,
-                self.limit_q,
             )
 
     def momenta(self) -> list[Tensor]:
@@ -620,20 +614,17 @@ class _Grid:
         space, result = self.space, None
         if self.plan is not None:
             result = self.plan.step(grads, *numbers, torch.get_num_threads())
-        if result is None:
+        if result is not None:
+            return result
+        with torch.no_grad():
             if kicks:
                 grads = space.checked_gradients(op, grads)
             else:
                 space.check_layouts(op)
                 grads = [None] * len(space.params)
-            if self.plan is not None:
-                result = self.plan.step(grads, *numbers, torch.get_num_threads())
-                if result is None:
-                    raise RuntimeError(f"{op}: the plan is stale. Make a new PhaseSpace")
-            else:
-                q = [x.detach() for x in space.params]
+            if self.plan is None:
                 checksum, inside, energy = reference.grid_step(
-                    q,
+                    space.params,
                     self.rest_q,
                     self.Q,
                     self.P,
@@ -641,10 +632,14 @@ class _Grid:
                     self.mass,
                     self.unit_q,
                     self.unit_p,
-                    self.limit_q,
                     *numbers,
                 )
-                result = int(checksum) & reference.MASK, bool(inside), energy
+                return int(checksum) & reference.MASK, bool(inside), energy
+        result = self.plan.step(grads, *numbers, torch.get_num_threads())
+        if result is None:
+            raise RuntimeError(
+                f"{op}: the plan is stale: the memory of its grid has moved. Make a new PhaseSpace"
+            )
         return result
 
     def scale_(self, factor: float) -> None:

@@ -43,34 +43,39 @@ class Plan {
   bool refresh(py::handle grads, bool kicks) {
     View view;
     for (size_t i = 0; i < owned_views_.size(); ++i)
-      if (!view_of(PyList_GET_ITEM(owned_.ptr(), i), view) || view.data != owned_views_[i].data ||
-          view.bytes != owned_views_[i].bytes)
+      if (!plain_view_of(PyList_GET_ITEM(owned_.ptr(), i), view) ||
+          view.data != owned_views_[i].data || view.bytes != owned_views_[i].bytes)
         return false;
     if (PyList_GET_SIZE(params_.ptr()) != static_cast<Py_ssize_t>(size())) return false;
     bool moved = false;
     for (size_t i = 0; i < size(); ++i) {
-      const DType dtype = views_[i].dtype;
-      const char* data = views_[i].data;
-      if (!view_of(PyList_GET_ITEM(params_.ptr(), i), views_[i]) || views_[i].dtype != dtype ||
+      PyObject* param = PyList_GET_ITEM(params_.ptr(), i);
+      const View known = views_[i];
+      if (!plain_view_of(param, views_[i]) || views_[i].dtype != known.dtype ||
           !has_shape(views_[i], shapes_[i]))
         return false;
-      moved |= views_[i].data != data;
+      if (views_[i].data == known.data) continue;
+      if (!view_of(param, views_[i])) return false;
+      moved = true;
     }
     if (moved) fill_written();
     if (overlap_) return false;
     if (!kicks) return true;
-    if (!grads.is_none() && (!PyList_Check(grads.ptr()) ||
-                             PyList_GET_SIZE(grads.ptr()) != static_cast<Py_ssize_t>(size())))
+    const bool given = !grads.is_none();
+    if (given && (!PyList_Check(grads.ptr()) ||
+                  PyList_GET_SIZE(grads.ptr()) != static_cast<Py_ssize_t>(size())))
       return false;
     for (size_t i = 0; i < size(); ++i) {
       const py::object grad =
-          grads.is_none() ? py::reinterpret_steal<py::object>(PyObject_GetAttr(
-                                PyList_GET_ITEM(params_.ptr(), i), grad_name_.ptr()))
-                          : py::reinterpret_borrow<py::object>(PyList_GET_ITEM(grads.ptr(), i));
-      if (!grad) throw py::error_already_set();
+          given ? py::reinterpret_borrow<py::object>(PyList_GET_ITEM(grads.ptr(), i))
+                : grad_of(PyList_GET_ITEM(params_.ptr(), i));
       grads_[i] = nullptr;
       if (grad.is_none()) continue;
-      if (!view_of(grad, view) || view.dtype != views_[i].dtype || !has_shape(view, shapes_[i]) ||
+      // A lazily negated view is the imaginary part of a conjugate: its stride of 2 is no layout of
+      // a parameter, unless there is but one element.
+      const bool seen =
+          given || views_[i].count == 1 ? view_of(grad, view) : plain_view_of(grad, view);
+      if (!seen || view.dtype != views_[i].dtype || !has_shape(view, shapes_[i]) ||
           (view.count && is_written(view)))
         return false;
       grads_[i] = view.data;
@@ -114,7 +119,6 @@ class Plan {
   std::vector<const void*> grads_;
   std::vector<Range> written_;
   bool overlap_ = false;
-  py::str grad_name_ = py::reinterpret_steal<py::str>(PyUnicode_InternFromString("grad"));
 };
 
 template <class Item, class F>
@@ -175,8 +179,7 @@ class GridPlan {
  public:
   // Q, P: the integers, each as the fp64 tensor of the same bits. remainders: tensors or None.
   GridPlan(py::list params, py::list Q, py::list P, py::list remainders, py::list inv_mass,
-           py::list owned, const std::vector<double>& unit_q, const std::vector<double>& unit_p,
-           const std::vector<double>& limit_q)
+           py::list owned, const std::vector<double>& unit_q, const std::vector<double>& unit_p)
       : plan_(std::move(params), std::move(owned)), items_(plan_.size()) {
     for (size_t i = 0; i < items_.size(); ++i)
       items_[i] = {plan_.q(i).dtype,
@@ -189,8 +192,7 @@ class GridPlan {
                    static_cast<const double*>(mass_address(inv_mass[i])),
                    scalar_mass(inv_mass[i]),
                    unit_q[i],
-                   unit_p[i],
-                   limit_q[i]};
+                   unit_p[i]};
   }
 
   // (checksum, inside, kinetic energy), or None where the plan is not what it was or a gradient is
@@ -221,8 +223,7 @@ void bind_phase_space(py::module_& module) {
       .def("step", &PhasePlan::step);
   py::class_<GridPlan>(module, "GridPlan")
       .def(py::init<py::list, py::list, py::list, py::list, py::list, py::list,
-                    const std::vector<double>&, const std::vector<double>&,
-                    const std::vector<double>&>())
+                    const std::vector<double>&, const std::vector<double>&>())
       .def("step", &GridPlan::step);
 }
 

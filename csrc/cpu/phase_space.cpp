@@ -8,6 +8,7 @@
 
 #include "gti/phase_space.h"
 
+#include <array>
 #include <atomic>
 
 #include "chunks.h"
@@ -165,7 +166,7 @@ uint64_t mixed(uint64_t x) {
 
 struct GridFactors {
   double kick, drift;  // in units of the grid; `drift` holds the scalar mass too
-  double unit_q, limit_q;
+  double unit_q;
   int64_t sign;    // 0, or −1 where back: (x ^ sign) − sign is ±x
   uint64_t first;  // key of the first element
 };
@@ -176,101 +177,146 @@ struct Partial {
   bool inside;
 };
 
+// Integers and doubles by way of numbers like 2^52 + n, which hold n in their low bits: unlike the
+// conversions of the language these are vector instructions at every level.
+constexpr double kTwo52 = 0x1p52, kMiddle = 0x1.8p52;
+
+// The integer nearest to x, ties to even, for |x| < 2^51. For any other x, NaN too, an integer
+// outside ±2^51, the same every time.
+GTI_INLINE int64_t nearest(double x) {
+  return static_cast<int64_t>(bits_as<uint64_t>(x + kMiddle) - bits_as<uint64_t>(kMiddle));
+}
+
+// v rounded to nearest even, as a conversion would.
+GTI_INLINE double real(int64_t v) {
+  const uint64_t u = static_cast<uint64_t>(v) + (1ull << 63);
+  const auto half = [](uint64_t x) GTI_INLINE_LAMBDA {
+    return bits_as<double>(x | bits_as<uint64_t>(kTwo52));
+  };
+  return (half(u >> 32) - (kTwo52 + 0x1p31)) * 0x1p32 + (half(u & 0xffffffffu) - kTwo52);
+}
+
+// Not zero in the bits above `power` unless −2^power ≤ x < 2^power.
+template <int power>
+GTI_INLINE uint64_t beyond(int64_t x) {
+  return (static_cast<uint64_t>(x) + (1ull << power)) & (~0ull << (power + 1));
+}
+
+constexpr int64_t kBlock = 256;  // elements that stay in the nearest cache from loop to loop
+
+// The keys of a block: a load is cheaper than a product of 64 bits.
+constexpr auto kBlockKeys = [] {
+  std::array<uint64_t, kBlock> keys{};
+  for (int64_t i = 0; i < kBlock; ++i) keys[i] = i * kChecksumKey;
+  return keys;
+}();
+
+// n numbers in the compute type: where they are, or widened into `buffer`.
+template <class T>
+GTI_INLINE const compute_t<T>* widened(const T* x, compute_t<T>* buffer, int64_t n) {
+  if constexpr (sizeof(T) > 2) {
+    return x;
+  } else {
+    int64_t i = 0;
+    for (; i + kLanes <= n; i += kLanes) store(buffer + i, load<kLanes>(x + i));
+    for (; i < n; ++i) {
+      T one[kLanes] = {x[i]};
+      buffer[i] = load<kLanes>(one)[0];
+    }
+    return buffer;
+  }
+}
+
+template <class T>
+GTI_INLINE void narrowed(T* x, const float* buffer, int64_t n) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(x + i, load<kLanes>(buffer + i));
+  for (; i < n; ++i) {
+    T one[kLanes];
+    store(one, Lanes<float>{buffer[i]});
+    x[i] = one[0];
+  }
+}
+
 template <bool kicks, bool drifts, class T>
 GTI_INLINE Partial grid_advance(T* q, const T* remainder, int64_t* Q, int64_t* P, const T* grad,
                                 const double* w, const GridFactors& f, int64_t n) {
-  using Int = Lanes<int64_t>;
-  using Bits = Lanes<uint64_t>;
-  using Real = Lanes<double>;
-  Real sum = {};
-  Bits checksum = {};
-  Int outside = {};
-  Bits key;
-  for (int l = 0; l < kLanes; ++l) key[l] = f.first + l * kChecksumKey;
-  // The nearest integer of x, or 0 where x is too large or NaN.
-  const auto increment = [&](const Real& x) GTI_INLINE_LAMBDA {
-    const Int small = abs<kLanes>(x) < kIncrementLimit;
-    outside |= ~small;
-    Real safe = bits_as<Real>(bits_as<Int>(x) & small);
-    for (int l = 0; l < kLanes; ++l) safe[l] = __builtin_rint(safe[l]);
-    return __builtin_convertvector(safe, Int);
-  };
-  const auto step = [&](T* q_at, const T* r_at, int64_t* Q_at, int64_t* P_at, const T* g_at,
-                        const double* w_at) GTI_INLINE_LAMBDA {
-    Int P_v;
-    std::memcpy(&P_v, P_at, sizeof(P_v));
+  using C = compute_t<T>;
+  alignas(64) double p_real[kBlock];
+  alignas(64) C buffer[kBlock];
+  Lanes<double> sum = {};
+  uint64_t checksum = 0;
+  uint64_t outside = 0;
+  for (int64_t at = 0; at < n; at += kBlock) {
+    const int64_t m = std::min(kBlock, n - at);
+    int64_t* P_at = P + at;
     if constexpr (kicks) {
-      const Int by = increment(f.kick * widen<kLanes>(load<kLanes>(g_at)));
-      const Bits z = bits_as<Bits>(by) + key;
-      checksum += (z & 0xffffffffu) * (z >> 32);
-      key += kLanes * kChecksumKey;
-      P_v -= (by ^ f.sign) - f.sign;
-      std::memcpy(P_at, &P_v, sizeof(P_v));
-    }
-    const Real p_v = __builtin_convertvector(P_v, Real);
-    if constexpr (kicks) outside |= ~(abs<kLanes>(p_v) < kMomentumLimit);
-    if constexpr (drifts) {
-      Real w_v = {}, rate = {};
-      rate += f.drift;
-      if (w_at) {
-        std::memcpy(&w_v, w_at, sizeof(w_v));
-        rate *= w_v;
+      const C* g = widened(grad + at, buffer, m);
+      const uint64_t first = f.first + at * kChecksumKey;
+#pragma omp simd reduction(+ : checksum) reduction(| : outside)
+      for (int64_t i = 0; i < m; ++i) {
+        const int64_t by = nearest(f.kick * static_cast<double>(g[i]));
+        const uint64_t z = static_cast<uint64_t>(by) + (first + kBlockKeys[i]);
+        checksum += (z & 0xffffffffu) * (z >> 32);
+        const int64_t P_new = P_at[i] - ((by ^ f.sign) - f.sign);
+        P_at[i] = P_new;
+        p_real[i] = real(P_new);
+        outside |= beyond<kIncrementBits>(by) | beyond<kCoordinateBits>(P_new);
       }
-      Int Q_v;
-      std::memcpy(&Q_v, Q_at, sizeof(Q_v));
-      Q_v += (increment(rate * p_v) ^ f.sign) - f.sign;
-      std::memcpy(Q_at, &Q_v, sizeof(Q_v));
-      const Real q_v = __builtin_convertvector(Q_v, Real);
-      outside |= ~(abs<kLanes>(q_v) < f.limit_q);
-      // The unit is a power of two, so the product is exact.
-      const Real moved = r_at ? f.unit_q * q_v + widen<kLanes>(load<kLanes>(r_at)) : f.unit_q * q_v;
-      store(q_at, __builtin_convertvector(moved, Lanes<compute_t<T>>));
-      sum += w_at ? w_v * p_v * p_v : p_v * p_v;
+    } else {
+#pragma omp simd
+      for (int64_t i = 0; i < m; ++i) p_real[i] = real(P_at[i]);
     }
-  };
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    step(q + i, remainder ? remainder + i : nullptr, Q + i, P + i, kicks ? grad + i : nullptr,
-         w ? w + i : nullptr);
-  if (i < n) {  // the tail, padded with zeros
-    const size_t bytes = (n - i) * sizeof(T), wide = (n - i) * 8;
-    T q_t[kLanes] = {}, r_t[kLanes] = {}, g_t[kLanes] = {};
-    int64_t Q_t[kLanes] = {}, P_t[kLanes] = {};
-    double w_t[kLanes] = {};
-    if (remainder) std::memcpy(r_t, remainder + i, bytes);
-    if (kicks) std::memcpy(g_t, grad + i, bytes);
-    if (w) std::memcpy(w_t, w + i, wide);
-    std::memcpy(Q_t, Q + i, wide);
-    std::memcpy(P_t, P + i, wide);
-    const Bits before = checksum, key_before = key;
-    step(q_t, remainder ? r_t : nullptr, Q_t, P_t, g_t, w ? w_t : nullptr);
-    const Bits added = checksum - before;
-    checksum = before;
-    if (kicks)
-      for (int l = 0; l < n - i; ++l) checksum[0] += added[l];  // the padding has no place
-    key = key_before;
-    if (kicks) std::memcpy(P + i, P_t, wide);
-    if (drifts) {
-      std::memcpy(Q + i, Q_t, wide);
-      std::memcpy(q + i, q_t, bytes);
+    if constexpr (drifts) {
+      int64_t* Q_at = Q + at;
+      const C* r = remainder ? widened(remainder + at, buffer, m) : nullptr;
+      C* q_at;
+      if constexpr (sizeof(T) > 2)
+        q_at = q + at;
+      else
+        q_at = buffer;
+      const auto drift = [&](auto rate_of, auto rest_of) GTI_INLINE_LAMBDA {
+#pragma omp simd reduction(| : outside)
+        for (int64_t i = 0; i < m; ++i) {
+          const int64_t by = nearest(rate_of(i) * p_real[i]);
+          const int64_t Q_new = Q_at[i] + ((by ^ f.sign) - f.sign);
+          Q_at[i] = Q_new;
+          outside |= beyond<kIncrementBits>(by) | beyond<kCoordinateBits>(Q_new);
+          // The unit is a power of two, so the product is exact.
+          q_at[i] = static_cast<C>(rest_of(i, f.unit_q * real(Q_new)));
+        }
+      };
+      const auto one_rate = [&](int64_t) GTI_INLINE_LAMBDA { return f.drift; };
+      const auto rates = [&](int64_t i) GTI_INLINE_LAMBDA { return f.drift * w[at + i]; };
+      const auto no_rest = [](int64_t, double x) GTI_INLINE_LAMBDA { return x; };
+      const auto rest = [&](int64_t i, double x)
+                            GTI_INLINE_LAMBDA { return x + static_cast<double>(r[i]); };
+      if (!w && !r)
+        drift(one_rate, no_rest);
+      else if (!w)
+        drift(one_rate, rest);
+      else if (!r)
+        drift(rates, no_rest);
+      else
+        drift(rates, rest);
+      if constexpr (sizeof(T) == 2) narrowed(q + at, buffer, m);
+      int64_t i = 0;
+      for (; i + kLanes <= m; i += kLanes) {
+        const auto p = load<kLanes>(p_real + i);
+        sum += w ? load<kLanes>(w + at + i) * p * p : p * p;
+      }
+      for (; i < m; ++i) sum[i % kLanes] += (w ? w[at + i] : 1.0) * p_real[i] * p_real[i];
     }
   }
-  int64_t any = 0;
-  uint64_t total = 0;
-  for (int l = 0; l < kLanes; ++l) {
-    any |= outside[l];
-    total += checksum[l];
-  }
-  return {lane_sum<double, kLanes>(sum), total, any == 0};
+  return {lane_sum<double, kLanes>(sum), checksum, outside == 0};
 }
 
 #define GTI_GRID_CHUNK(T)                                                                        \
   GTI_CLONES Partial grid_chunk(T* q, const T* r, int64_t* Q, int64_t* P, const T* grad,         \
                                 const double* w, const GridFactors& f, bool drifts, int64_t n) { \
-    if (!drifts) return grid_advance<true, false, T>(q, nullptr, Q, P, grad, nullptr, f, n);     \
-    if (!grad) return grid_advance<false, true, T>(q, r, Q, P, grad, w, f, n);                   \
-    return r || w ? grid_advance<true, true, T>(q, r, Q, P, grad, w, f, n)                       \
-                  : grid_advance<true, true, T>(q, nullptr, Q, P, grad, nullptr, f, n);          \
+    if (!drifts) return grid_advance<true, false, T>(q, r, Q, P, grad, w, f, n);                 \
+    return grad ? grid_advance<true, true, T>(q, r, Q, P, grad, w, f, n)                         \
+                : grid_advance<false, true, T>(q, r, Q, P, grad, w, f, n);                       \
   }
 GTI_GRID_CHUNK(double)
 GTI_GRID_CHUNK(float)
@@ -308,11 +354,8 @@ GridResult grid_step(const GridItem* items, int64_t n_items, const GridStep& ste
           const auto* w = item.inv_mass ? item.inv_mass + at : nullptr;
           const double mass = w ? 1.0 : item.inv_mass_scalar;
           const GridFactors f{step.kick / item.unit_p,
-                              step.drift * (item.unit_p / item.unit_q) * mass,
-                              item.unit_q,
-                              item.limit_q,
-                              step.back ? -1 : 0,
-                              (before[&item - items] + at + 1) * kChecksumKey};
+                              step.drift * (item.unit_p / item.unit_q) * mass, item.unit_q,
+                              step.back ? -1 : 0, (before[&item - items] + at + 1) * kChecksumKey};
           const Partial part = grid_chunk(static_cast<T*>(item.q) + at, r, item.Q + at, item.P + at,
                                           grad, w, f, step.drifts, n);
           checksum.fetch_add(part.checksum, std::memory_order_relaxed);

@@ -13,7 +13,7 @@ Grads = Sequence[Tensor | None]
 
 MASK = 2**64 - 1
 CHECKSUM_KEY = 0x9E3779B97F4A7C15
-INCREMENT_LIMIT, MOMENTUM_LIMIT = 2.0**60, 2.0**62
+INCREMENT_LIMIT, COORDINATE_LIMIT = 2.0**51, 2**62
 
 
 def phase_step(
@@ -61,7 +61,6 @@ def grid_step(
     inv_mass: Sequence[float | Tensor],
     unit_q: Sequence[float],
     unit_p: Sequence[float],
-    limit_q: Sequence[float],
     kicks: bool,
     drifts: bool,
     back: bool,
@@ -74,7 +73,7 @@ def grid_step(
 
     Q, P: int64. inv_mass: floats, or fp64 tensors. ⌊·⌉ is the nearest integer, ties to even; each
     product is rounded to fp64. An increment outside its limit counts as zero, so that the opposite
-    step undoes this one whatever it met. Returns the checksum of the kick's increments (int64),
+    step undoes this one all the same. Returns the checksum of the kick's increments (int64),
     whether all stayed inside their limits (bool), and ½ Σ w (scale·unit_p·P)² of the new P where it
     drifts (fp64), as 0-d tensors.
     """
@@ -92,18 +91,22 @@ def grid_step(
             by = torch.where(small, x, 0.0).round().to(torch.int64)
             P_t.sub_(sign * by)
             checksum += _checksum(by, first[i])
-            inside &= small.all() & (P_t.double().abs() < MOMENTUM_LIMIT).all()
+            inside &= small.all() & _in_limits(P_t)
         if drifts:
             rate = drift * (unit_p[i] / unit_q[i]) * w
             x = rate * P_t.double()
             small = x.abs() < INCREMENT_LIMIT
             Q_t.add_(sign * torch.where(small, x, 0.0).round().to(torch.int64))
-            inside &= small.all() & (Q_t.double().abs() < limit_q[i]).all()
+            inside &= small.all() & _in_limits(Q_t)
             r = remainder[i]
             moved = unit_q[i] * Q_t.double()
             q[i].copy_(by_way_of_fp32(moved if r is None else moved + r.double(), q[i].dtype))
             energy += 0.5 * (w * (scale * unit_p[i] * P_t.double()).square()).sum()
     return checksum, inside, energy
+
+
+def _in_limits(x: Tensor) -> Tensor:
+    return ((x >= -COORDINATE_LIMIT) & (x < COORDINATE_LIMIT)).all()
 
 
 def by_way_of_fp32(x: Tensor, dtype: torch.dtype) -> Tensor:

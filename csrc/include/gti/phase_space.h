@@ -39,7 +39,6 @@ struct GridItem {
   const double* inv_mass;  // [count], or nullptr: inv_mass_scalar for every element
   double inv_mass_scalar;
   double unit_q, unit_p;  // powers of two
-  double limit_q;         // |Q| stays below it
 };
 
 struct GridStep {
@@ -51,18 +50,18 @@ struct GridStep {
 
 struct GridResult {
   uint64_t checksum;  // of the increments of the kick
-  bool inside;        // every increment and every new coordinate is inside its limit
+  bool inside;        // every increment and every new coordinate is inside its limits
   double energy;      // ½ Σ w (s·unit_p·P)² of the new P where it drifts
 };
 
 // P ← P ∓ round(kick/unit_p · grad), then Q ← Q ± round((drift·unit_p/unit_q · w) · P) with the new
 // P; the lower signs where `back`. Products are rounded to fp64 one by one, `round` is to the
-// nearest integer, ties to even. An increment outside its limit counts as zero, so that the step
-// can be undone by its opposite whatever it met. The checksum is Σ lo·hi modulo 2^64 over the
+// nearest integer, ties to even. Where increments or coordinates leave their limits, the opposite
+// step on the same gradient still undoes this one. The checksum is Σ lo·hi modulo 2^64 over the
 // halves of increment + (1 + place in the whole list)·kChecksumKey.
 GridResult grid_step(const GridItem* items, int64_t n_items, const GridStep& step, int threads);
 
 constexpr uint64_t kChecksumKey = 0x9e3779b97f4a7c15u;
-constexpr double kIncrementLimit = 0x1p60, kMomentumLimit = 0x1p62;
+constexpr int kIncrementBits = 51, kCoordinateBits = 62;  // −2^bits ≤ number < 2^bits
 
 }  // namespace gti
