@@ -552,13 +552,14 @@ def test_exact_walk_back_goes_on_after_an_exception():
 # ---- energy cap ----------------------------------------------------------------------------------
 
 
-def steep(cap, steps=30):
+def steep(cap, order=2):
     """A particle with K₀ = 2 in a bowl whose bottom lies at 1; its dt is so large that H swings."""
     q = parameter(1.0)
     optimizer = gti.optim.Leapfrog(
         [q],
-        1.9,
+        {2: 1.9, 4: 1.5}[order],
         inv_mass=1.0,
+        order=order,
         energy_cap=cap,
         momentum=[torch.tensor([2.0], dtype=F64)],
     )
@@ -566,22 +567,20 @@ def steep(cap, steps=30):
     return q, optimizer, closure
 
 
-def test_cap_scales_the_momenta_as_defined_and_counts():
-    q, optimizer, closure = steep(1.05)
+@pytest.mark.parametrize("order", [2, 4])
+def test_cap_scales_the_momenta_once_a_step_as_defined_and_counts(order):
+    q, optimizer, closure = steep(1.05, order)
     p = optimizer.phase_spaces[0].momenta[0]
-    q2, p2, initial, fired = q.item(), p.item(), None, 0
+    q2, p2, initial, fired = q.detach().clone(), p.clone(), None, 0
     for _ in range(30):
-        loss, kinetic = 1.0 + 0.5 * q2 * q2, 0.5 * p2 * p2
-        if initial is None:
-            initial = loss + kinetic
+        loss, kinetic = 1.0 + 0.5 * q2.item() ** 2, 0.5 * p2.item() ** 2
+        initial = initial or loss + kinetic
         if loss + kinetic > 1.05 * initial:
             p2 *= math.sqrt(max(1e-12, 1.05 * initial - loss) / max(1e-12, kinetic))
             fired += 1
-        p2 -= 0.95 * q2
-        q2 += 1.9 * p2
-        p2 -= 0.95 * q2
+        gti.leapfrog_(q2, p2, lambda x: x, {2: 1.9, 4: 1.5}[order], order=order)
         optimizer.step(closure)
-        assert (q.item(), p.item()) == pytest.approx((q2, p2), rel=1e-9, abs=1e-9)
+        assert (q.item(), p.item()) == pytest.approx((q2.item(), p2.item()), rel=1e-9, abs=1e-9)
     assert 0 < fired < 30
     assert optimizer.cap_engagements.dtype == torch.int64
     assert optimizer.cap_engagements.item() == fired
@@ -596,6 +595,39 @@ def test_cap_that_is_never_reached_changes_nothing():
         ends.append(q.item())
         assert optimizer.cap_engagements.item() == 0
     assert ends[0] == ends[1]
+
+
+def test_cap_without_closure_scales_before_the_kick():
+    q = parameter(1.0)
+    start = [torch.tensor([2.0], dtype=F64)]
+    optimizer = gti.optim.Leapfrog([q], 1.9, inv_mass=1.0, energy_cap=1.05, momentum=start)
+    q2, p2, initial, fired = 1.0, 2.0, None, 0
+    for _ in range(30):
+        loss = 1.0 + 0.5 * q2 * q2
+        initial = initial or loss + 0.5 * p2 * p2
+        if loss + 0.5 * p2 * p2 > 1.05 * initial:
+            p2 *= math.sqrt(max(1e-12, 1.05 * initial - loss) / max(1e-12, 0.5 * p2 * p2))
+            fired += 1
+        before, p2 = 0.5 * p2 * p2, p2 - 1.9 * q2
+        q2 += 1.9 * p2
+        run(optimizer, lambda: 1.0 + 0.5 * q.square().sum(), 1)
+        p = optimizer.phase_spaces[0].momenta[0]
+        assert (q.item(), p.item()) == pytest.approx((q2, p2), rel=1e-9, abs=1e-9)
+        assert optimizer.energy().item() == pytest.approx(loss + 0.5 * (before + 0.5 * p2 * p2))
+    assert 0 < fired == optimizer.cap_engagements.item() < 30
+
+
+def test_nothing_waits_for_the_device(monkeypatch):
+    model, potential = cnn()
+    optimizer = gti.optim.Leapfrog(model.parameters(), 0.1, damping=0.1)
+    loss = potential()
+    loss.backward()
+    for name in ("item", "tolist", "__float__", "__bool__", "__int__", "cpu", "numpy"):
+        monkeypatch.setattr(torch.Tensor, name, lambda *_: pytest.fail("a host sync"))
+    optimizer.step(loss=loss)
+    energy = optimizer.energy()
+    monkeypatch.undo()
+    assert energy.shape == () and energy.dtype == F64 and energy.item() > 0.0
 
 
 def test_cap_works_without_closure_and_needs_the_loss():
