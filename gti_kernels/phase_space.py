@@ -9,9 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
+from torch.utils.weak import WeakIdKeyDictionary
 
 from . import backends
+from .conventions import fan_in_inverse_mass
 from .ops.arguments import (
+    check_alike,
     check_disjoint,
     check_float_tensors,
     finite,
@@ -21,7 +24,6 @@ from .ops.arguments import (
 )
 from .ops.kinetic_energy import kinetic_energy
 from .ops.leapfrog import compose, drift_, kick_, kick_drift_, stage_sizes
-from .probes.hamiltonian_system import fan_in_inverse_mass
 from .reference import phase_space as reference
 
 Scalar = float | Tensor
@@ -163,7 +165,7 @@ class PhaseSpace:
             raise ValueError(
                 f"PhaseSpace: inv_mass must be 'fan_in', numbers or tensors, got {inv_mass!r}"
             )
-        return [fan_in_inverse_mass(q) if q.numel() else 1.0 for q in self.params]
+        return [fan_in_inverse_mass(q) for q in self.params]
 
     def _given_momenta(self, momentum: Any) -> list[Any]:
         if isinstance(momentum, str):
@@ -371,6 +373,51 @@ class PhaseSpace:
             )
         self._engine.load(state)
         self.step_count, self.seed = state["step_count"], state["seed"]
+
+
+# The plans behind leapfrog_(exact=True) by the first tensor of p, as long as that lives, each with
+# what it was made of and the versions of q and p after its last step.
+_walks: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+
+def exact_leapfrog_(
+    q: Tensor | Sequence[Tensor],
+    p: Tensor | Sequence[Tensor],
+    inv_mass: Any,
+    backend: str,
+    walk: Callable[[PhaseSpace], None],
+) -> None:
+    """`walk` with the plan of q and p: that of the last such call if nobody else has written q or p
+    since, else a new one."""
+    qs, ps = tensor_list(q), tensor_list(p)
+    check_alike("leapfrog_", q=qs, p=ps)
+    check_disjoint("leapfrog_", {"q": qs, "p": ps}, {})
+    mass = inv_mass_list("leapfrog_", inv_mass, qs)
+    if not ps:
+        return
+
+    def signature() -> Any:
+        tensors = [(id(x), x._version) for x in (*qs, *ps)]
+        masses = [id(w) if isinstance(w, Tensor) else w for w in mass]
+        return tensors, masses, backend, isinstance(q, Tensor)
+
+    space, known = _walks.get(ps[0], (None, None))
+    if space is None or known != signature():
+        space = PhaseSpace(
+            q,
+            inv_mass=inv_mass,
+            momentum=ps,
+            momentum_dtype=torch.float64,
+            exact=True,
+            backend=backend,
+        )
+    try:
+        walk(space)
+    finally:
+        with torch.no_grad():
+            for x, exact in zip(ps, space.momenta, strict=True):
+                x.copy_(exact)
+        _walks[ps[0]] = space, signature()
 
 
 class _Floats:

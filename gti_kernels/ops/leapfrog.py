@@ -171,6 +171,7 @@ def leapfrog_(
     damping: float = 0.0,
     order: int = 2,
     composition: str = "yoshida",
+    exact: bool = False,
     backend: str = "auto",
 ) -> None:
     """`steps` steps of size dt of the (conformally) symplectic leapfrog, in place.
@@ -199,6 +200,10 @@ def leapfrog_(
             step for order 2, and 3 or 5 for order 4.
         dt: time step [time]; negative goes back.
         inv_mass, backend: as in `kick_drift_`. damping: γ [1/time].
+        exact: steps on the grid of integers of `gti_kernels.PhaseSpace`: the call with −dt then
+            returns every bit of q and p, damping included, where grad_fn is reproducible to the
+            bit; it raises where that is not so. What the way back needs is remembered as long as p
+            lives and nobody else writes q or p.
 
     Errors as in `kick_`; an exception in grad_fn leaves q and p between two stages.
 
@@ -210,6 +215,15 @@ def leapfrog_(
     """
     sizes = stage_sizes("leapfrog_", dt, steps, order, composition)
     damping = finite("leapfrog_", "damping", damping)
+    if exact:
+        from ..phase_space import exact_leapfrog_
+
+        options: dict[str, Any] = {"order": order, "composition": composition}
+        options |= {"steps": steps, "damping": damping}
+        exact_leapfrog_(
+            q, p, inv_mass, backend, lambda plan: plan.leapfrog_(grad_fn, dt, **options)
+        )
+        return
     single = isinstance(q, Tensor)
 
     def gradient() -> list[Tensor]:
@@ -229,15 +243,14 @@ def leapfrog_(
         return [g.clone() if g is q_t else g.detach() for g, q_t in zip(grads, qs)]
 
     qs, ps = tensor_list(q), tensor_list(p)
-    options: dict[str, Any] = {"backend": backend}
     compose(
         sizes,
         damping,
         gradient,
         lambda grad, kick, drift, damp: kick_drift_(
-            qs, ps, grad, kick, drift, inv_mass=inv_mass, damp=damp, **options
+            qs, ps, grad, kick, drift, inv_mass=inv_mass, damp=damp, backend=backend
         ),
-        lambda grad, kick, damp: kick_(ps, grad, kick, damp=damp, **options),
+        lambda grad, kick, damp: kick_(ps, grad, kick, damp=damp, backend=backend),
     )
 
 
