@@ -5,7 +5,8 @@ Three families, each a plain function on tensors: singular values of many weight
 symplectic steps (`kick_`, `drift_`, `kick_drift_`, `kinetic_energy`, `leapfrog_`) and the
 symplectic 2-form (`two_form`). On top of them spectral regularisation (`nn.spectral_norm`,
 `SpectralPenalty`), the probes and the certificate (`HamiltonianSystem`, `round_trip`,
-`omega_invariance`, `energy_drift`, `certify`). `explain`, `available` and `build_info` tell what
+`omega_invariance`, `energy_drift`, `certify`) and the optimizers (`optim.Leapfrog`, `optim.BAOAB`,
+with `DriftRecorder`), which step a `PhaseSpace`. `explain`, `available` and `build_info` tell what
 runs where.
 """
 

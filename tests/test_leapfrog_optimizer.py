@@ -223,6 +223,17 @@ def test_energy_of_the_staggered_form_is_that_of_the_same_time():
     assert math.log2(worst[0] / worst[2]) / 2 == pytest.approx(2, abs=0.1)
 
 
+def test_a_loss_that_is_overwritten_does_not_change_the_energy():
+    q = parameter(2.0)
+    optimizer = gti.optim.Leapfrog([q], 0.1)
+    loss = q.detach().square().sum()
+    q.grad = 2 * q.detach()
+    optimizer.step(loss=loss)
+    before = optimizer.energy()
+    loss.zero_()
+    assert torch.equal(optimizer.energy(), before)
+
+
 def test_maximize_climbs_and_keeps_its_energy():
     q = parameter(1.0)
     optimizer = gti.optim.Leapfrog([q], 0.01, inv_mass=1.0, maximize=True)
@@ -466,6 +477,28 @@ def test_exact_walk_is_the_walk_up_to_rounding():
     for x, y in zip(ends[0][0], ends[1][0]):
         torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-10)
     torch.testing.assert_close(ends[0][1], ends[1][1], rtol=1e-9, atol=1e-10)
+
+
+def test_exact_walk_back_past_the_addition_of_a_group():
+    a, b = parameter(1.0), parameter(2.0)
+    optimizer = gti.optim.Leapfrog([a], 0.1, exact=True, momentum="gaussian")
+
+    def potential():
+        return torch.sin(a).sum() + torch.sin(3 * b).sum()
+
+    start = grid_state(optimizer)
+    run(optimizer, potential, 3)
+    optimizer.add_param_group({"params": [b]})
+    added = grid_state(optimizer)
+    run(optimizer, potential, 3)
+    closure = closure_of(optimizer, potential)
+    for _ in range(3):
+        optimizer.reverse(closure)
+    assert same(grid_state(optimizer), added)
+    for _ in range(3):
+        optimizer.reverse(closure)
+    assert torch.equal(a, start[0]) and b.item() == 2.0
+    run(optimizer, potential, 1)
 
 
 def test_an_exact_step_that_does_not_fit_the_grid_leaves_all_as_it_was():

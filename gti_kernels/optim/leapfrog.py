@@ -164,7 +164,7 @@ class Leapfrog(PhaseOptimizer):
                 self.phase_spaces[i].kick_(-kick / damp, damp=1.0 / damp)
             stages.pop()
         self._scale(1.0 / factor)
-        self._owed = list(begin)
+        self._owed[: len(begin)] = begin  # groups added since have not walked
         self._walked.pop()
         self._remember(closure)
         return self._potential(closure)
