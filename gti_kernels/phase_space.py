@@ -29,9 +29,9 @@ from .reference import phase_space as reference
 Scalar = float | Tensor
 Grads = Sequence[Tensor | None]
 
-# Units of the grid, relative to the largest coordinate of a tensor (or to 1 where all are zero).
-# Integers stay below 2⁶²: q may grow 2¹⁴-fold; p 2²²-fold, as damping does not make its integers
-# shrink. An increment stays below 2⁵¹.
+# Units of the grid, relative to the scale of a tensor: its largest |x|, but at least 1/16 so that a
+# small tensor may grow; 1 where all are zero. Integers stay below 2⁶²: q may grow to 2¹⁴ times its
+# scale; p to 2²² times, as damping does not make its integers shrink. An increment stays below 2⁵¹.
 UNIT_Q, UNIT_P = 2.0**-48, 2.0**-40
 
 
@@ -66,7 +66,7 @@ class PhaseSpace:
     order — takes it back from there: the momentum and the position return to the bit. For a kick
     ∇L must be the same to the bit: a checksum of the increments tells, and the call raises and
     names the step where it is not. u is 2⁻⁴⁸ of the largest |q| of a tensor, v 2⁻⁴⁰ of the largest
-    |p| (of 1 where all are zero). The bits are the same on every backend.
+    |p|, either at least 1/16, and 1 where all are zero. The bits are the same on every backend.
 
     Args:
         params: the positions q, a tensor or tensors; fp64, fp32, bf16 or fp16, one device. Leaves
@@ -804,13 +804,14 @@ def _allocate(
 
 
 def _unit(x: Tensor, relative: float) -> float:
-    """A power of two, `relative` times the largest |x| rounded up to one."""
+    """A power of two: `relative` times the scale of x, rounded up to one."""
     largest = float(x.abs().max()) if x.numel() else 0.0
     if not math.isfinite(largest):
         raise ValueError(
             "PhaseSpace: exact=True needs finite positions and momenta, got NaN or inf"
         )
-    return 2.0 ** math.ceil(math.log2(largest)) * relative if largest > 0 else relative
+    scale = max(largest, 0.0625) if largest > 0 else 1.0
+    return 2.0 ** math.ceil(math.log2(scale)) * relative
 
 
 def _remainders(
