@@ -5,22 +5,25 @@ Three families, each a plain function on tensors: singular values of many weight
 symplectic steps (`kick_`, `drift_`, `kick_drift_`, `kinetic_energy`, `leapfrog_`) and the
 symplectic 2-form (`two_form`). On top of them spectral regularisation (`nn.spectral_norm`,
 `SpectralPenalty`), the probes and the certificate (`HamiltonianSystem`, `round_trip`,
-`omega_invariance`, `energy_drift`, `certify`). `explain`, `available` and `build_info` tell what
+`omega_invariance`, `energy_drift`, `certify`) and the optimizers (`optim.Leapfrog`, `optim.BAOAB`,
+with `DriftRecorder`), which step a `PhaseSpace`. `explain`, `available` and `build_info` tell what
 runs where.
 """
 
 __version__ = "0.1.0"
 
-from . import nn
+from . import nn, optim
 from .backends import available, build_info, explain
 from .ops.kinetic_energy import kinetic_energy
 from .ops.leapfrog import drift_, kick_, kick_drift_, leapfrog_
 from .ops.power_iteration import SingularTriples, power_iteration, top_singular_values
 from .ops.power_iteration_operator import power_iteration_operator
 from .ops.two_form import TwoForm, two_form
+from .optim.drift_recorder import DriftRecorder
+from .phase_space import PhaseSpace
 from .probes.certificate import Certificate, Thresholds, certify
 from .probes.dose_response import dose_response
-from .probes.energy_drift import energy_drift
+from .probes.energy_drift import drift_slope, energy_drift
 from .probes.hamiltonian_system import HamiltonianSystem
 from .probes.omega_invariance import omega_invariance
 from .probes.round_trip import round_trip
@@ -28,7 +31,9 @@ from .spectral_penalty import SpectralPenalty
 
 __all__ = [
     "Certificate",
+    "DriftRecorder",
     "HamiltonianSystem",
+    "PhaseSpace",
     "SingularTriples",
     "SpectralPenalty",
     "Thresholds",
@@ -38,6 +43,7 @@ __all__ = [
     "certify",
     "dose_response",
     "drift_",
+    "drift_slope",
     "energy_drift",
     "explain",
     "kick_",
@@ -46,6 +52,7 @@ __all__ = [
     "leapfrog_",
     "nn",
     "omega_invariance",
+    "optim",
     "power_iteration",
     "power_iteration_operator",
     "round_trip",

@@ -26,6 +26,7 @@ import gti_kernels as gti
 
 from .backends import build_info
 from .extras import require
+from .models.simple_cnn import SimpleCNN
 from .testing import compare
 
 Call = Callable[[], Any]
@@ -180,6 +181,41 @@ def kick_drift(device: str, shapes: Sequence[tuple[int, ...]]) -> Work:
     )
 
 
+def optimizer_step(device: str, shapes: Sequence[tuple[int, ...]]) -> Work:
+    """A whole step of gti.optim.Leapfrog over parameters of these shapes, fp32."""
+    work = kick_drift(device, shapes)
+    params = [torch.nn.Parameter(torch.randn(s, device=device)) for s in shapes]
+    for q in params:
+        q.grad = torch.randn_like(q)
+    step = gti.optim.Leapfrog(params, dt=1e-3, damping=1.0).step
+    peers = {name: work.peers[name] for name in ("_foreach", "copy of the same bytes")}
+    return replace(work, op=step, peers=peers)
+
+
+def training_step(device: str) -> Work:
+    """Gradient and step of a small CNN on one batch: Leapfrog, and SGD on a copy of it."""
+
+    def trainer(make: Callable[[Any], torch.optim.Optimizer]) -> Call:
+        torch.manual_seed(0)
+        model = SimpleCNN(1, 10, norm="group").to(device)
+        x, y = torch.randn(64, 1, 8, 8, device=device), torch.randint(10, (64,), device=device)
+        optimizer = make(model.parameters())
+
+        def step() -> None:
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+
+        return step
+
+    return Work(
+        op=trainer(lambda params: gti.optim.Leapfrog(params, dt=0.1, damping=1.0)),
+        peers={
+            "SGD(momentum)": trainer(lambda params: torch.optim.SGD(params, 0.01, momentum=0.9))
+        },
+    )
+
+
 def two_form(device: str, m: int, n: int) -> Work:
     """two_form of m pairs of tangent vectors of length n, fp32."""
     generator = torch.Generator(device).manual_seed(0)
@@ -275,6 +311,31 @@ def _cases() -> list[Case]:
             "float32",
             lambda device: kick_drift(device, RESNET18_PARAMETERS),
             {"_foreach": 2.0, "per-tensor loop": 2.0, "copy of the same bytes": 1 / 1.2},
+        )
+    )
+    optimizer_cases: tuple[tuple[str, Any, dict[str, float], float], ...] = (
+        ("62 tensors of ResNet-18", RESNET18_PARAMETERS, {"copy of the same bytes": 1 / 1.1}, 2.5),
+        ("2,000 tensors [1000]", ((1000,),) * 2000, {}, 3.0),
+    )
+    for shape, shapes, bars, least in optimizer_cases:
+        out.append(
+            Case(
+                "kick_drift_",
+                "Leapfrog.step",
+                shape,
+                "float32",
+                lambda device, shapes=shapes: optimizer_step(device, shapes),  # type: ignore[misc]
+                {"_foreach": least, **bars},
+            )
+        )
+    out.append(
+        Case(
+            "kick_drift_",
+            "training with Leapfrog",
+            "SimpleCNN, batch 64",
+            "float32",
+            training_step,
+            {"SGD(momentum)": 1 / 1.05},
         )
     )
     out.append(

@@ -18,6 +18,8 @@ N      coordinates of a tangent vector, or elements of a parameter list
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -33,3 +35,11 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of arithmetic on elements of `dtype`: fp32 for bf16, fp16 and fp32, fp64 for
     fp64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def fan_in_inverse_mass(q: Tensor) -> float:
+    """The mass preconditioning "fan_in": clip(1/√fan_in, 1/8, 8) for a weight [out, ...], fan_in =
+    numel/out; 1 for vectors and tensors without elements."""
+    if q.ndim < 2 or q.numel() == 0:
+        return 1.0
+    return min(8.0, max(0.125, 1.0 / math.sqrt(q[0].numel())))

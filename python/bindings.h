@@ -8,6 +8,7 @@ namespace gti {
 
 void bind_kinetic_energy(py::module_& module);
 void bind_leapfrog(py::module_& module);
+void bind_phase_space(py::module_& module);
 void bind_two_form(py::module_& module);
 void bind_power_iteration(py::module_& module);
 

@@ -39,6 +39,7 @@ PYBIND11_MODULE(_compiled, module) {
   module.def("set_tensor_types", &gti::set_tensor_types);
   gti::bind_kinetic_energy(module);
   gti::bind_leapfrog(module);
+  gti::bind_phase_space(module);
   gti::bind_two_form(module);
   gti::bind_power_iteration(module);
 #ifdef _OPENMP

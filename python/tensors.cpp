@@ -35,10 +35,11 @@ ExchangeTable* table = nullptr;
 
 using Range = std::pair<const char*, const char*>;
 
-// Tensor.is_neg and Tensor.requires_grad, called without a search for the name: neither
-// torch.Tensor nor torch.nn.Parameter overrides them.
+// Tensor.is_neg, Tensor.requires_grad and Tensor.grad, called without a search for the name:
+// neither torch.Tensor nor torch.nn.Parameter overrides them.
 PyMethodDef* is_neg = nullptr;
 PyGetSetDef* requires_grad = nullptr;
+PyGetSetDef* grad = nullptr;
 
 // Consumes the reference; an error counts as true.
 bool is_true(PyObject* object) {
@@ -57,12 +58,18 @@ void set_tensor_types(const py::tuple& types) {
   while (found && found->major != kMajor) found = found->previous;
   if (!found || !found->tensor_from_object)
     throw py::import_error("this torch publishes no DLPack 1 exchange table");
-  const py::object method = types[0].attr("is_neg"), property = types[0].attr("requires_grad");
-  if (Py_TYPE(method.ptr()) != &PyMethodDescr_Type ||
-      Py_TYPE(property.ptr()) != &PyGetSetDescr_Type)
-    throw py::import_error("Tensor.is_neg or Tensor.requires_grad of this torch is not native");
+  const auto getter = [&](const char* name) {
+    const py::object property = types[0].attr(name);
+    if (Py_TYPE(property.ptr()) != &PyGetSetDescr_Type)
+      throw py::import_error("Tensor.requires_grad or Tensor.grad of this torch is not native");
+    return reinterpret_cast<PyGetSetDescrObject*>(property.ptr())->d_getset;
+  };
+  const py::object method = types[0].attr("is_neg");
+  if (Py_TYPE(method.ptr()) != &PyMethodDescr_Type)
+    throw py::import_error("Tensor.is_neg of this torch is not native");
   is_neg = reinterpret_cast<PyMethodDescrObject*>(method.ptr())->d_method;
-  requires_grad = reinterpret_cast<PyGetSetDescrObject*>(property.ptr())->d_getset;
+  requires_grad = getter("requires_grad");
+  grad = getter("grad");
   if (is_neg->ml_flags != METH_NOARGS) throw py::import_error("Tensor.is_neg takes arguments");
   table = found;
   tensor_types.clear();
@@ -72,11 +79,27 @@ void set_tensor_types(const py::tuple& types) {
   }
 }
 
-bool view_of(py::handle object, View& view, bool recording) {
+static bool has_plain_type(py::handle object) {
   const auto* type = Py_TYPE(object.ptr());
-  if (std::find(tensor_types.begin(), tensor_types.end(), type) == tensor_types.end()) return false;
+  return std::find(tensor_types.begin(), tensor_types.end(), type) != tensor_types.end();
+}
+
+py::object grad_of(py::handle tensor) {
+  if (!has_plain_type(tensor)) throw py::type_error("not a plain tensor");
+  PyObject* found = grad->get(tensor.ptr(), grad->closure);
+  if (!found) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(found);
+}
+
+bool view_of(py::handle object, View& view, bool recording) {
+  if (!has_plain_type(object)) return false;
   if (is_true(is_neg->ml_meth(object.ptr(), nullptr))) return false;
   if (recording && is_true(requires_grad->get(object.ptr(), requires_grad->closure))) return false;
+  return plain_view_of(object, view);
+}
+
+bool plain_view_of(py::handle object, View& view) {
+  if (!has_plain_type(object)) return false;
   DLTensor t;
   if (table->tensor_from_object(object.ptr(), &t) != 0) {
     PyErr_Clear();

@@ -44,6 +44,13 @@ void set_tensor_types(const py::tuple& types);
 // lazily negated view, or (with `recording`) requires grad.
 bool view_of(py::handle object, View& view, bool recording = false);
 
+// `view_of` without the question whether the tensor is a lazily negated view, which costs more than
+// all else here.
+bool plain_view_of(py::handle object, View& view);
+
+// The .grad of a tensor of a plain type, a new reference. Never through an overridden attribute.
+py::object grad_of(py::handle tensor);
+
 // One view for each object of a list, or one for a single tensor; false as above.
 bool views_of(py::handle objects, std::vector<View>& views, bool recording = false);
 

@@ -31,6 +31,7 @@ def test_commands_of_the_readme_exist():
 
 MODULES = [
     *("backends", "testing", "nn", "spectral_penalty", "ops.power_iteration_operator"),
+    *("optim.leapfrog", "optim.baoab", "optim.drift_recorder"),
     *sorted({f"ops.{row.stem}" for row in rows.ROWS}),
 ]
 

@@ -79,13 +79,10 @@ def energy_drift(system: HamiltonianSystem, dts: Sequence[float], steps: int) ->
         start = system.start(torch.float64)
         floor = energy_change(system, start, walk(torch.float64, 3))
         runs = [_energies(system, dt, steps) for dt in dts]
-        drift = [_tail_drift(run) for run in runs]
+        drift = [tail_drift(run) for run in runs]
         offset = [_tail_offset(run) for run in runs]
         dt_zero = _dt_zero(system, dts, offset, steps, floor * math.sqrt(steps))
-    fitted = [(dt, d) for dt, d in zip(dts, drift, strict=True) if floor < d < math.inf]
-    slope, interval = slope_interval(
-        [math.log10(dt) for dt, _ in fitted], [math.log10(d) for _, d in fitted]
-    )
+    slope, interval = drift_slope(dts, drift, floor)
     return EnergyDrift(
         dts=dts,
         steps=steps,
@@ -109,7 +106,21 @@ def _energies(system: HamiltonianSystem, dt: float, steps: int) -> list[float]:
     return energies
 
 
-def _tail_drift(energies: list[float]) -> float:
+def drift_slope(
+    dts: Sequence[float], drift: Sequence[float], floor: float = 0.0
+) -> tuple[float, Interval | None]:
+    """m of log₁₀ D = m log₁₀ dt + b by least squares, and its 95 % Student interval.
+
+    Fitted are the dts whose D is finite and exceeds `floor`; with fewer than two m is NaN, with
+    fewer than three the interval is None.
+    """
+    fitted = [(dt, d) for dt, d in zip(dts, drift, strict=True) if floor < d < math.inf]
+    return slope_interval([math.log10(dt) for dt, _ in fitted], [math.log10(d) for _, d in fitted])
+
+
+def tail_drift(energies: Sequence[float]) -> float:
+    """D = median of |H_{t+1} − H_t| over t in [0.8 T, T), from H_0 to H_T; NaN if one of these
+    is."""
     steps = len(energies) - 1
     tail = range(int(0.8 * steps), steps)
     changes = [abs(energies[t + 1] - energies[t]) for t in tail]

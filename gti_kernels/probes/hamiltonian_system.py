@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ..conventions import fan_in_inverse_mass
 from ..ops.kinetic_energy import kinetic_energy
 from ..ops.leapfrog import kick_, kick_drift_
+from ..phase_space import PhaseSpace
 from .arguments import finite
 from .batch_statistics import functional_normalization, join, tracked_layers
 from .clock import Clock
@@ -187,11 +189,34 @@ class HamiltonianSystem:
             self._calibrate(state)
         return state
 
-    def step(self, state: State, t: int, dt: float) -> None:
-        """Φ_dt of step t, in place: (q, p, b) at time t to time t + 1; −dt goes back."""
+    def grid(self, state: State) -> PhaseSpace:
+        """The positions and momenta of `state` on a grid of integers, to be given to `step`."""
+        return PhaseSpace(
+            state.q,
+            inv_mass=self.inv_mass,
+            momentum=state.p,
+            momentum_dtype=torch.float64,
+            exact=True,
+            backend=self.backend,
+        )
+
+    def step(self, state: State, t: int, dt: float, grid: PhaseSpace | None = None) -> None:
+        """Φ_dt of step t, in place: (q, p, b) at time t to time t + 1; −dt goes back.
+
+        grid: of `self.grid(state)`; then −dt goes back to the bit.
+        """
         damp = math.exp(-self.damping * dt / 2)
         self.update_statistics(state, t)
         force = self.gradient(state, t)
+        if grid is not None:
+            with self.clock("kernels"):
+                grid.kick_drift_(dt / 2, dt, damp=damp, grads=force)
+            force = self.gradient(state, t)
+            with self.clock("kernels"):
+                grid.kick_(damp * dt / 2, damp=damp, grads=force)
+                for p, exact in zip(state.p, grid.momenta, strict=True):
+                    p.copy_(exact)
+            return
         with self.clock("kernels"):
             kick_drift_(
                 state.q,
@@ -351,10 +376,3 @@ def _inverse_mass(inv_mass: str | float | Sequence[float], q: Sequence[Tensor]) 
             )
         return [finite(f"inv_mass[{i}]", w, positive=True) for i, w in enumerate(inv_mass)]
     return [finite("inv_mass", inv_mass, positive=True)] * len(q)  # type: ignore[arg-type]
-
-
-def fan_in_inverse_mass(q: Tensor) -> float:
-    """clip(1/√fan_in, 1/8, 8) for a weight [out, ...], fan_in = numel/out; 1 for vectors."""
-    if q.ndim < 2:
-        return 1.0
-    return min(8.0, max(0.125, 1.0 / math.sqrt(max(1, q[0].numel()))))

@@ -1,0 +1,274 @@
+"""The symplectic leapfrog as a torch optimizer."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.arguments import finite
+from ..ops.leapfrog import stage_sizes
+from .phase_optimizer import Closure, Owed, PhaseOptimizer
+
+_EPSILON = 1e-12
+#: What `reverse` undoes: `_owed` before the step, the factor of all momenta at its beginning, and
+#: its stages, each with (kick, size of the drift or None, damp) for every group.
+Step = tuple[list[Owed | None], float, list[list[tuple[float, float | None, float]]]]
+
+
+class Leapfrog(PhaseOptimizer):
+    """Training as mechanics: parameters q, momenta p, H = ½ pᵀM⁻¹p + L(q). A torch optimizer.
+
+    step() takes one gradient, the one in the parameters' grad (staggered form, γ = damping):
+
+        p_{t+½} = e^{−γ dt} p_{t−½} − dt ∇L(q_t);   q_{t+1} = q_t + dt M⁻¹ p_{t+½}
+
+    in one pass over memory. It is SGD with lr = dt² M⁻¹ and momentum e^{−γ dt}; the first momenta
+    are taken for p_{−½}. Where `lr` changes, the kick is the mean of the two steps beside it.
+
+    step(closure) keeps p and q at the same time (damp–kick–drift–kick–damp, c = e^{−γ dt/2}):
+
+        p ← c p − (dt/2) ∇L(q);   q ← q + dt M⁻¹ p;   p ← c (p − (dt/2) ∇L(q))
+
+    The closure clears the gradients, computes the loss, calls backward and returns the loss; it is
+    called at both ends of a step. Its last gradient serves for the beginning of the next step if
+    that gets the same closure object and neither parameters nor gradients have changed since. So
+    define the closure once for a fixed batch, and anew (or call zero_grad() before the step) for
+    each new batch. The two forms may alternate: what p is behind q, the next step makes up.
+
+    Args:
+        params: tensors, (name, tensor) pairs, or dicts with "params" and options of the group
+            ("lr", "inv_mass", "damping", "maximize", "momentum"), as in torch.optim.
+        dt: step size [time]; kept in each group as "lr", so that schedulers find it.
+        inv_mass: M⁻¹, the diagonal: "fan_in" (clip(1/√fan_in, 1/8, 8) for weights of two or more
+            dimensions, 1 for all others), a float, one float per tensor, or tensors like params.
+            Read when the group is added.
+        damping: γ [1/time], without sign restriction. γ = 0 is symplectic, else Ω ~ e^{−γt}.
+        order: 2 or 4; 4 composes step(closure) of Verlet stages and needs a closure.
+        composition: of order 4, "yoshida" (3 stages) or "suzuki" (5); see `gti_kernels.leapfrog_`.
+        energy_cap: α. At the beginning of a step with H = K + L > α H₀, H₀ being the H of the first
+            step, p ← p √(max(ε, α H₀ − L) / max(ε, K)), ε = 1e-12, so that H = α H₀ as long as
+            L < α H₀. It needs H₀ > 0 to make sense, and the loss: step(closure) or
+            step(loss=loss). `cap_engagements` counts.
+        exact: q and p live on an integer grid, and `reverse` returns to every bit; see
+            `gti_kernels.PhaseSpace`. The grid holds the positions: parameters must not be written
+            by others, and load_state_dict restores them (call it after the model's own).
+        momentum: "zeros", "gaussian" (variance M, by seed) or tensors like params.
+        seed: of gaussian momenta and of stochastic rounding (bf16 and fp16 parameters).
+        maximize: climb the loss; its sign in H is then reversed.
+
+    A parameter whose grad is None is not kicked; it drifts on with the momentum it has, which is
+    zero if it never had a gradient. Sparse gradients are refused. Works with
+    GradScaler, gradient accumulation, DistributedDataParallel and LR schedulers. A closure that
+    raises leaves a state from which the next step goes on: p owes what the interrupted one had
+    left. Move the model to its device before.
+
+    Raises:
+        TypeError, ValueError: argument, expectation, what came; no tensor is touched.
+
+    >>> import torch, gti_kernels as gti
+    >>> q = torch.nn.Parameter(torch.tensor([1.0, 0.0], dtype=torch.float64))
+    >>> optimizer = gti.optim.Leapfrog([q], dt=0.1, inv_mass=1.0)
+    >>> def closure():
+    ...     optimizer.zero_grad()
+    ...     loss = 0.5 * q.square().sum()
+    ...     loss.backward()
+    ...     return loss
+    >>> for _ in range(10):
+    ...     loss = optimizer.step(closure)
+    >>> q.detach(), round(float(optimizer.energy()), 3)  # q(1) ≈ cos 1 = 0.5403, H₀ = 0.5
+    (tensor([0.5400, 0.0000], dtype=torch.float64), 0.499)
+
+    Source: Hairer, Lubich & Wanner, Geometric Numerical Integration (2006), I.1.4, II.4; McLachlan
+    & Perlmutter (2001) for damping.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        dt: float,
+        inv_mass: Any = "fan_in",
+        damping: float = 0.0,
+        order: int = 2,
+        composition: str = "yoshida",
+        energy_cap: float | None = None,
+        exact: bool = False,
+        momentum: Any = "zeros",
+        seed: int = 0,
+        maximize: bool = False,
+    ) -> None:
+        self._fractions = stage_sizes("Leapfrog", 1.0, 1, order, composition)
+        if energy_cap is not None:
+            energy_cap = finite("Leapfrog", "energy_cap", energy_cap)
+            if energy_cap <= 0.0:
+                raise ValueError(f"Leapfrog: energy_cap must be > 0 or None, got {energy_cap}")
+        self._energy_cap = energy_cap
+        self._initial_energy: Tensor | None = None
+        self._walked: list[Step] = []  # with exact, all steps; else one that is half undone
+        defaults = {
+            "lr": finite("Leapfrog", "dt", dt),
+            "inv_mass": inv_mass,
+            "damping": damping,
+            "maximize": bool(maximize),
+        }
+        super().__init__(params, defaults, momentum=momentum, exact=exact, seed=seed)
+        self._engagements = torch.zeros((), dtype=torch.int64, device=self._device)
+
+    @torch.no_grad()
+    def step(self, closure: Closure | None = None, *, loss: Any = None) -> Any:  # type: ignore[override]
+        """One step; returns the loss at its beginning with a closure, else None.
+
+        loss: of step() without closure, the loss whose gradient is in grad, for `energy` and the
+        cap; nothing waits for its value.
+        """
+        if closure is None:
+            if len(self._fractions) > 1:
+                raise ValueError(
+                    "step: order 4 takes several gradients a step; pass a closure, or use order=2"
+                )
+            return self._staggered_step(loss)
+        if loss is not None:
+            raise ValueError("step: expected a closure, which returns the loss, or loss; got both")
+        return self._closure_step(closure, self._fractions)
+
+    @torch.no_grad()
+    def reverse(self, closure: Closure) -> Tensor:
+        """Walks back the last step; returns the loss where it ends.
+
+        The closure is that of the step walked back: it is called at both ends of a step(closure),
+        and at the positions before a step() without one. With `exact` any number of steps, of
+        either form, returns every bit, whatever lr, damping and cap were. Else this undoes, up to
+        rounding, a step of the present form, lr and damping; momenta that the energy cap has scaled
+        stay scaled. Where the closure raises, the next `reverse` goes on from there.
+        """
+        self._check_groups()
+        if not self._walked:
+            if self._exact or None in self._owed:
+                raise RuntimeError("reverse: expected a step to walk back, got none")
+            self._walked.append(self._step_to_here())
+        begin, factor, stages = self._walked[-1]
+        self._before = []
+        while stages:
+            for i, (kick, h, damp) in enumerate(stages[-1]):
+                if h is not None:
+                    half = self._half_damp(self.param_groups[i], h)
+                    self.phase_spaces[i].drift_(-h)
+                    self._owed[i] = -0.5 * h / half, 1.0 / half  # for a step, should closure raise
+                    stages[-1][i] = kick, None, damp
+            self._potential(closure)
+            for i, (kick, _, damp) in enumerate(stages[-1]):
+                self._kinetic[i] = None
+                self.phase_spaces[i].kick_(-kick / damp, damp=1.0 / damp)
+            stages.pop()
+        self._scale(1.0 / factor)
+        self._owed[: len(begin)] = begin  # groups added since have not walked
+        self._walked.pop()
+        self._remember(closure)
+        return self._potential(closure)
+
+    @property
+    def cap_engagements(self) -> Tensor:
+        """How often the energy cap has scaled the momenta: 0-d int64, on the device."""
+        return self._engagements
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        finite("Leapfrog", "damping", group["damping"])
+
+    def _half_damp(self, group: dict[str, Any], h: float) -> float:
+        return math.exp(-0.5 * group["damping"] * h)
+
+    def _begin_step(self, loss: Tensor | None) -> Tensor | None:
+        factor = self._cap(loss)
+        if not self._exact:
+            self._walked.clear()
+            return factor
+        # Its way back must know the number, and the grid waits for the device at each call anyhow.
+        number = 1.0 if factor is None else float(factor)
+        self._walked.append((list(self._owed), number, []))
+        self._scale(number)
+        return None
+
+    def _scale(self, factor: float) -> None:
+        if factor == 1.0:
+            return
+        for i, space in enumerate(self.phase_spaces):
+            self._kinetic[i] = None
+            space.scale_momenta_(factor)
+
+    def _move(self, i: int, kick: float, h: float, damp: float | Tensor) -> Tensor:
+        try:
+            kinetic = self.phase_spaces[i].kick_drift_(kick, h, damp=damp)
+        except BaseException:
+            if self._exact and not self._walked[-1][2]:  # nothing has moved
+                self._scale(1.0 / self._walked.pop()[1])
+            raise
+        self._walk(i, kick, h, damp)
+        return kinetic
+
+    def _kick(self, i: int, kick: float, damp: float) -> None:
+        super()._kick(i, kick, damp)
+        self._walk(i, self._sign(i) * kick, None, damp)
+
+    def _walk(self, i: int, kick: float, h: float | None, damp: Any) -> None:
+        if self._exact:
+            stages = self._walked[-1][2]
+            if i == 0:
+                stages.append([])
+            stages[-1].append((kick, h, damp))
+
+    def _step_to_here(self) -> Step:
+        """What a step of the present lr and damping would have done to end as things are."""
+        owed = [owed or (0.0, 1.0) for owed in self._owed]
+        synchronised = all(x == (0.0, 1.0) for x in owed)
+        step: Step = (list(owed), 1.0, [])
+        for w in self._fractions if synchronised else (1.0,):
+            step[2].append([])
+            for i, group in enumerate(self.param_groups):
+                h = w * group["lr"]
+                kick, damp, owed[i] = self._stage(group, owed[i], h, synchronised=synchronised)
+                step[2][-1].append((self._sign(i) * kick, h, damp))
+        if synchronised:
+            step[2].append(
+                [(self._sign(i) * kick, None, damp) for i, (kick, damp) in enumerate(owed)]
+            )
+        return step
+
+    def _cap(self, loss: Tensor | None) -> Tensor | None:
+        if self._energy_cap is None:
+            return None
+        if loss is None:
+            raise ValueError(
+                "step: energy_cap needs the loss; call step(closure) or step(loss=loss)"
+            )
+        kinetic = self._total([self._kinetic_energy(i) for i in range(len(self.phase_spaces))])
+        potential = self._potential_energy(loss)
+        energy = kinetic + potential
+        if self._initial_energy is None:
+            self._initial_energy = energy
+        limit = self._energy_cap * self._initial_energy
+        over = energy > limit
+        self._engagements = self._engagements + over
+        room = (limit - potential).clamp(min=_EPSILON)
+        return torch.where(over, (room / kinetic.clamp(min=_EPSILON)).sqrt(), 1.0)
+
+    def _settings(self) -> list[str]:
+        return [*super()._settings(), "_fractions", "_energy_cap"]
+
+    def _saved(self) -> dict[str, Any]:
+        return {
+            **super()._saved(),
+            "initial_energy": self._initial_energy,
+            "engagements": self._engagements,
+            "walked": copy.deepcopy(self._walked),
+        }
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        super()._restore(saved)
+        initial = saved["initial_energy"]
+        self._initial_energy = None if initial is None else initial.to(self._device)
+        self._engagements = saved["engagements"].to(self._device)
+        self._walked = copy.deepcopy(saved["walked"])

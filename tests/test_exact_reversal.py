@@ -1,0 +1,330 @@
+"""exact=True: every bit returns, backends give the same bits, a way back that errs is told."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+import gti_kernels as gti
+from gti_kernels import phase_space, testing
+from gti_kernels.models.simple_cnn import SimpleCNN
+
+BACKENDS = ("cpu", "reference")
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+every_dtype = pytest.mark.parametrize("dtype", DTYPES)
+
+
+def numbers(*shape, dtype=torch.float64, seed=0):
+    return testing.numbers(*shape, dtype=dtype, device="cpu", seed=seed)
+
+
+def copies(xs):
+    return [x.detach().clone() for x in xs]
+
+
+def same_bits(xs, ys):
+    return all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(xs, ys, strict=True))
+
+
+def sines(q):
+    return [torch.sin(x) for x in q]
+
+
+# ---- the kernels ---------------------------------------------------------------------------------
+
+SHAPES = [(1,), (0,), (7,), (33, 3), (16385,), (40001,), ()]
+
+
+def walked(backend, dtype, mass, threads=1):
+    torch.set_num_threads(threads)
+    q = [numbers(*s, dtype=dtype, seed=i) for i, s in enumerate(SHAPES)]
+    q[3] = q[3].t().contiguous().t()  # another order in memory
+    p = [numbers(*x.shape, dtype=dtype, seed=9 + i) for i, x in enumerate(q)]
+    q[2].mul_(1e-9)  # a tensor of another scale
+    w = 0.7 if mass == "number" else [numbers(*x.shape, seed=5).abs() + 0.1 for x in q]
+    space = gti.PhaseSpace(q, inv_mass=w, momentum=p, exact=True, backend=backend)
+    energies = []
+    for step in range(3):
+        kick = 0.1 if step else 3.0  # increments that do not fit in the mantissa of an fp32
+        energy = space.kick_drift_(kick, 0.02, damp=0.9, grads=sines(q))
+        energies.append(float(energy))
+    space.kick_(0.3, grads=[None if i == 4 else g for i, g in enumerate(sines(q))])
+    space.drift_(-0.1)
+    space.scale_momenta_(0.8)
+    checksums = [m.checksum for m in space._engine.moves]
+    return copies(q), space.momenta, [*space._engine.Q, *space._engine.P], checksums, energies
+
+
+@pytest.mark.parametrize("mass", ["number", "tensors"])
+@every_dtype
+def test_backends_and_thread_counts_give_the_same_bits(dtype, mass):
+    q, p, grid, checksums, energies = walked("reference", dtype, mass)
+    for threads in (1, 2):
+        q2, p2, grid2, checksums2, energies2 = walked("cpu", dtype, mass, threads)
+        assert same_bits(q, q2) and same_bits(p, p2) and same_bits(grid, grid2)
+        assert checksums == checksums2 and any(checksums)
+        assert energies == pytest.approx(energies2, rel=1e-13)
+
+
+@every_backend
+def test_increments_are_the_nearest_integers(backend):
+    """Against exact rational arithmetic of Python's integers: ties to even, both signs."""
+    g = torch.tensor(
+        [0.5, 1.5, 2.5, -0.5, -1.5, -2.5, 0.3, 2.0**50 - 0.5, -(2.0**50) + 1.5, 1e9 + 0.5]
+    )
+    g = g.double()
+    q = torch.zeros(len(g), dtype=torch.float64)
+    space = gti.PhaseSpace(q, inv_mass=1.0, exact=True, backend=backend)
+    unit = phase_space.UNIT_P
+    space.kick_(-unit, grads=[g])
+    expected = [round(x) for x in g.tolist()]
+    assert space._engine.P[0].tolist() == expected
+    assert space.momenta[0].tolist() == [x * unit for x in expected]
+    # A drift rounds rate·P, with P wider than a mantissa too.
+    space._engine.P[0].copy_(
+        torch.tensor([2**61 + 1, -(2**61) - 3, 2**53 + 1, 3, -3, 5, 0, 1, -1, 7])
+    )
+    rate = 2.0**-12
+    space.drift_(rate * phase_space.UNIT_Q / unit)
+    wide = [float(x) for x in space._engine.P[0].tolist()]  # int to float rounds to nearest even
+    assert space._engine.Q[0].tolist() == [round(rate * x) for x in wide]
+    assert torch.equal(q, phase_space.UNIT_Q * space._engine.Q[0].double())
+
+
+@every_backend
+def test_the_exact_step_is_the_step(backend):
+    """The grid is fine: an exact walk follows the plain one to rounding."""
+    for dtype, bound in ((torch.float64, 1e-10), (torch.float32, 1e-5)):
+        q = numbers(400, dtype=dtype)
+        p, w = numbers(400, dtype=dtype, seed=1), numbers(400, dtype=dtype, seed=2).abs()
+        runs = []
+        for exact in (True, False):
+            x = q.clone()
+            plan = gti.PhaseSpace(x, inv_mass=w, momentum=p, exact=exact, backend=backend)
+            plan.leapfrog_(torch.sin, 0.1, steps=20, damping=0.4, order=4)
+            plan.scale_momenta_(0.5)
+            runs.append((x, plan.momenta[0], plan.kinetic_energy()))
+        for a, b in zip(*runs):
+            torch.testing.assert_close(a, b, rtol=bound, atol=bound)
+
+
+# ---- there and back ------------------------------------------------------------------------------
+
+
+@every_backend
+@every_dtype
+@pytest.mark.parametrize("order, composition", [(2, "yoshida"), (4, "yoshida"), (4, "suzuki")])
+def test_every_bit_returns(order, composition, dtype, backend):
+    q, p = [numbers(*s, dtype=dtype) for s in ((50,), (4, 3))], None
+    q[0][:3] = torch.tensor([1e-7, -3e-5, 0.0])  # far below the scale of the tensor
+    p = [numbers(*x.shape, dtype=dtype, seed=1) for x in q]
+    q0, p0 = copies(q), copies(p)
+    options = dict(damping=0.3, order=order, composition=composition, inv_mass=[0.7, 2.0])
+    options |= dict(exact=True, backend=backend)
+    for _ in range(4):  # several calls out, one back
+        gti.leapfrog_(q, p, sines, 0.1, steps=5, **options)
+    assert (q[0] - q0[0]).abs().max() > 0.1
+    gti.leapfrog_(q, p, sines, -0.1, steps=20, **options)
+    assert same_bits(q, q0) and same_bits(p, p0)
+
+
+def test_a_hundred_thousand_steps_on_a_quadratic():
+    q, p = numbers(8), numbers(8, seed=1)
+    stiffness = numbers(8, seed=2).abs() + 0.1
+    q0, p0 = q.clone(), p.clone()
+    space = gti.PhaseSpace(q, inv_mass=0.5, momentum=p, exact=True)
+    start = space.momenta[0]
+    steps, h, damp = 100_000, 0.01, math.exp(-1e-6)
+    for _ in range(steps):
+        space.kick_drift_(h, h, damp=damp, grads=[stiffness * q])
+    assert (q - q0).abs().max() > 0.1
+    for _ in range(steps):
+        space.drift_(-h)
+        space.kick_(-h / damp, damp=1 / damp, grads=[stiffness * q])
+    assert torch.equal(q, q0) and torch.equal(start, p0) and torch.equal(space.momenta[0], p0)
+
+
+def cnn_walk(steps):
+    """A damped walk of a CNN under an energy cap, as an optimizer takes it; and its way back."""
+    torch.manual_seed(0)
+    model = SimpleCNN(1, 10, norm="group", width=8)
+    x, y = torch.randn(8, 1, 8, 8), torch.arange(8)
+    params = list(model.parameters())
+    space = gti.PhaseSpace(params, momentum="gaussian", exact=True)
+    space.scale_momenta_(0.1)
+    q0, p0 = copies(params), space.momenta
+    h, damp, capped = 0.02, math.exp(-1e-3), []
+
+    def backward():
+        model.zero_grad()
+        loss = cross_entropy(model(x), y)
+        loss.backward()
+        return loss.detach().double()
+
+    cap = None
+    for t in range(steps):
+        loss = backward()
+        energy = loss + space.kick_drift_(h, h, damp=damp)
+        cap = energy if cap is None else cap
+        limit = (0.99 - 0.003 * t) * cap  # falls faster than damping takes energy
+        if energy > limit:
+            kinetic = space.kinetic_energy()
+            factor = ((limit - loss).clamp(min=1e-12) / kinetic.clamp(min=1e-12)).sqrt()
+            space.scale_momenta_(factor)
+            capped.append((t, float(factor)))
+    assert not same_bits(params, q0)
+    yield params, q0, space, p0, capped
+    for t in reversed(range(steps)):
+        if capped and capped[-1][0] == t:
+            space.scale_momenta_(1 / capped.pop()[1])
+        space.drift_(-h)
+        backward()
+        space.kick_(-h / damp, damp=1 / damp)
+    yield params, q0, space, p0, capped
+
+
+def test_a_cnn_under_damping_and_energy_cap_returns():
+    walk = cnn_walk(120)
+    *_, capped = next(walk)
+    assert len(capped) > 20
+    params, q0, space, p0, _ = next(walk)
+    assert same_bits(params, q0) and same_bits(space.momenta, p0)
+    assert space.step_count == 0
+
+
+def test_a_walk_saved_and_loaded_goes_back():
+    q, p = [numbers(40, dtype=torch.float32)], [numbers(40, dtype=torch.float32, seed=1)]
+    q0 = copies(q)
+    space = gti.PhaseSpace(q, inv_mass=1.0, momentum=p, exact=True)
+    space.leapfrog_(sines, 0.1, steps=20, damping=0.2)
+    space.scale_momenta_(0.9)
+    state, middle = space.state_dict(), space.momenta
+    other = [torch.zeros(40)]
+    fresh = gti.PhaseSpace(other, inv_mass=1.0, exact=True)
+    fresh.load_state_dict(state)
+    assert same_bits(other, q) and same_bits(fresh.momenta, middle)
+    space.leapfrog_(sines, 0.1)  # the saved state is a copy
+    fresh.scale_momenta_(1 / 0.9)
+    fresh.leapfrog_(sines, -0.1, steps=20, damping=0.2)
+    assert same_bits(other, q0) and same_bits(fresh.momenta, p)
+    with pytest.raises(ValueError, match="exact=True does not fit one with exact=False"):
+        gti.PhaseSpace(other, inv_mass=1.0).load_state_dict(state)
+
+
+def test_leapfrog_starts_anew_where_somebody_wrote():
+    q, p = numbers(5), numbers(5, seed=1)
+    gti.leapfrog_(q, p, torch.sin, 0.1, steps=3, exact=True)
+    q.add_(1.0)
+    q0, p0 = q.clone(), p.clone()
+    gti.leapfrog_(q, p, torch.sin, 0.1, steps=3, exact=True)
+    gti.leapfrog_(q, p, torch.sin, -0.1, steps=3, exact=True)
+    assert torch.equal(q, q0) and torch.equal(p, p0)
+
+
+def test_round_trip_is_exactly_zero_without_hidden_state():
+    batches = [(torch.randn(8, 1, 8, 8), torch.arange(8)) for _ in range(3)]
+    for norm, regime in (("group", "batch"), ("batch", "frozen")):
+        torch.manual_seed(1)
+        model = SimpleCNN(1, 10, norm=norm, width=4)
+        system = gti.HamiltonianSystem(model, cross_entropy, batches, damping=0.1, regime=regime)
+        trip = gti.round_trip(system, dt=0.05, steps=6, exact=True)
+        assert trip.state == 0.0 and trip.energy == 0.0 and trip.buffers == 0.0
+        assert trip.state_floor == 0.0 and trip.energy_floor == 0.0
+        assert trip.reach > 1e-4
+        plain = gti.round_trip(system, dt=0.05, steps=6)
+        assert plain.state > 0.0 and plain.reach == pytest.approx(trip.reach, rel=1e-3)
+
+
+def test_round_trip_names_the_step_where_hidden_state_acts():
+    batches = [(torch.randn(8, 1, 8, 8), torch.arange(8)) for _ in range(3)]
+    model = SimpleCNN(1, 10, norm="batch", width=4)
+    system = gti.HamiltonianSystem(model, cross_entropy, batches, regime="running")
+    with pytest.raises(RuntimeError, match="at step 6: the gradient there is not the same"):
+        gti.round_trip(system, dt=0.05, steps=6, exact=True)
+
+
+# ---- what goes wrong -----------------------------------------------------------------------------
+
+
+@every_backend
+def test_a_gradient_off_by_one_bit_is_found_at_its_step(backend):
+    q, p = [numbers(300, dtype=torch.float32), numbers(2, 3, dtype=torch.float32)], None
+    p = [numbers(*x.shape, dtype=torch.float32, seed=1) for x in q]
+    space = gti.PhaseSpace(q, inv_mass=1.0, momentum=p, exact=True, backend=backend)
+    q0 = copies(q)
+    h, damp = 0.1, 0.99
+
+    def forward(t):
+        space.kick_drift_(h, h, damp=damp, grads=sines(q))
+
+    for t in range(10):
+        forward(t)
+    for t in reversed(range(10)):
+        space.drift_(-h)
+        grads = sines(q)
+        if t == 4:
+            wrong = copies(grads)
+            wrong[0][123] = torch.nextafter(wrong[0][123], torch.tensor(9.0))
+            swapped = copies(grads)
+            swapped[0][[7, 8]] = swapped[0][[8, 7]]  # the same sum
+            missing = [grads[0], None]
+            before, p_before = copies(q), space.momenta
+            for bad in (wrong, swapped, missing):
+                with pytest.raises(RuntimeError, match="leaves the way out at step 4"):
+                    space.kick_(-h / damp, damp=1 / damp, grads=bad)
+                assert same_bits(q, before) and same_bits(space.momenta, p_before)
+        space.kick_(-h / damp, damp=1 / damp, grads=grads)
+    assert same_bits(q, q0) and same_bits(space.momenta, p)
+
+
+@every_backend
+def test_overflow_is_an_error_before_it_happens(backend):
+    q, p = [numbers(70)], [numbers(70, seed=1)]
+    space = gti.PhaseSpace(q, inv_mass=1.0, momentum=p, exact=True, backend=backend)
+    space.leapfrog_(sines, 0.1, steps=3)
+    q0, p0, grid = copies(q), space.momenta, copies([*space._engine.Q, *space._engine.P])
+    bad = [sines(q)[0] for _ in range(3)]
+    bad[0][5], bad[1][69], bad[2][0] = math.inf, math.nan, 1e300
+    for g in bad:
+        for step in (
+            lambda: space.kick_(0.1, grads=[g]),
+            lambda: space.kick_drift_(0.1, 0.1, damp=0.5, grads=[g]),
+        ):
+            with pytest.raises(OverflowError, match="smaller dt or less damping"):
+                step()
+    with pytest.raises(OverflowError, match="would leave the grid"):
+        space.drift_(1e12)
+    with pytest.raises(OverflowError, match="factor s"):
+        space.scale_momenta_(1e-300)
+    assert same_bits(q, q0) and same_bits(space.momenta, p0)
+    assert same_bits([*space._engine.Q, *space._engine.P], grid)
+    for edge, sign in ((2**62 - 1, -1.0), (-(2**62), 1.0)):  # a coordinate leaves, no increment
+        space._engine.P[0][3] = edge
+        with pytest.raises(OverflowError, match="would leave the grid"):
+            space.kick_(sign * 2.0**-30, grads=[torch.ones(70, dtype=torch.float64)])
+        assert int(space._engine.P[0][3]) == edge
+        space.kick_(-sign * 2.0**-30, grads=[torch.ones(70, dtype=torch.float64)])
+    with pytest.raises(ValueError, match="finite positions and momenta"):
+        gti.PhaseSpace(torch.tensor([1.0, math.inf]), exact=True)
+
+
+@every_backend
+def test_a_position_that_somebody_wrote_is_refused(backend):
+    q = [torch.ones(3), torch.ones(2)]
+    space = gti.PhaseSpace(q, exact=True, backend=backend)
+    q[1].mul_(2.0)
+    with pytest.raises(RuntimeError, match="params\\[1\\] was written since the last step"):
+        space.drift_(0.1)
+    assert q[1].tolist() == [2.0, 2.0]
+
+
+def test_damping_and_scaling_that_cannot_be_undone_are_refused():
+    space = gti.PhaseSpace([torch.ones(3)], exact=True)
+    with pytest.raises(ValueError, match="factor must be positive"):
+        space.scale_momenta_(0.0)
+    with pytest.raises(ValueError, match="damp must be positive"):
+        space.kick_(0.1, damp=0.0, grads=[torch.ones(3)])
