@@ -3,9 +3,9 @@
 Three families, each a plain function on tensors: singular values of many weights
 (`power_iteration`, `top_singular_values`) and of operators (`power_iteration_operator`), in-place
 symplectic steps (`kick_`, `drift_`, `kick_drift_`, `kinetic_energy`, `leapfrog_`) and the
-symplectic 2-form (`two_form`). On top of them spectral regularisation (`nn.spectral_norm`,
+symplectic 2-form (`two_form`, and inner products, `gram`). On top of them spectral regularisation (`nn.spectral_norm`,
 `SpectralPenalty`), the probes and the certificate (`HamiltonianSystem`, `round_trip`,
-`omega_invariance`, `energy_drift`, `certify`). `explain`, `available` and `build_info` tell what
+`omega_invariance`, `push_tangents`, `energy_drift`, `certify`). `explain`, `available` and `build_info` tell what
 runs where.
 """
 
@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 from . import nn
 from .backends import available, build_info, explain
+from .ops.gram import Gram, gram
 from .ops.kinetic_energy import kinetic_energy
 from .ops.leapfrog import drift_, kick_, kick_drift_, leapfrog_
 from .ops.power_iteration import SingularTriples, power_iteration, top_singular_values
@@ -23,11 +24,14 @@ from .probes.dose_response import dose_response
 from .probes.energy_drift import energy_drift
 from .probes.hamiltonian_system import HamiltonianSystem
 from .probes.omega_invariance import omega_invariance
+from .probes.push_tangents import push_tangents, volume_change
 from .probes.round_trip import round_trip
+from .probes.subspaces import darboux_pairs
 from .spectral_penalty import SpectralPenalty
 
 __all__ = [
     "Certificate",
+    "Gram",
     "HamiltonianSystem",
     "SingularTriples",
     "SpectralPenalty",
@@ -36,10 +40,12 @@ __all__ = [
     "available",
     "build_info",
     "certify",
+    "darboux_pairs",
     "dose_response",
     "drift_",
     "energy_drift",
     "explain",
+    "gram",
     "kick_",
     "kick_drift_",
     "kinetic_energy",
@@ -48,7 +54,9 @@ __all__ = [
     "omega_invariance",
     "power_iteration",
     "power_iteration_operator",
+    "push_tangents",
     "round_trip",
     "top_singular_values",
     "two_form",
+    "volume_change",
 ]
