@@ -122,6 +122,8 @@ def _limits(
     check_float_tensors("gram", a=a, b=b, weight=weight)
     check_rows("gram", "a", a, batched)
     axis = 2 if batched else 1
+    if not symmetric:
+        check_rows("gram", "b", b, batched)
     for name, tensors in (
         ("b", None if symmetric else b),
         ("weight", weight if weighted else None),
@@ -133,31 +135,17 @@ def _limits(
                 f"gram: a and {name} must have the same length, got {len(a)} and {len(tensors)}"
             )
         for i, (x, y) in enumerate(zip(a, tensors)):
-            shape = (
-                x.shape[axis:] if name == "weight" else (*x.shape[: axis - 1], "l", *x.shape[axis:])
-            )
-            fits = (
-                y.shape == shape
-                if name == "weight"
-                else (
-                    y.ndim == x.ndim
-                    and y.shape[: axis - 1] == x.shape[: axis - 1]
-                    and y.shape[axis:] == x.shape[axis:]
-                )
-            )
-            if not fits:
-                wanted = ", ".join(str(n) for n in shape)
+            rows = () if name == "weight" else (*x.shape[: axis - 1], tensors[0].shape[axis - 1])
+            if y.shape != (*rows, *x.shape[axis:]):
                 raise ValueError(
-                    f"gram: {name}[{i}] must have shape ({wanted}) beside a[{i}] of shape "
-                    f"{tuple(x.shape)}, got {tuple(y.shape)}"
+                    f"gram: {name}[{i}] must have shape {(*rows, *x.shape[axis:])} beside a[{i}] "
+                    f"of shape {tuple(x.shape)}, got {tuple(y.shape)}"
                 )
             if name == "b" and y.dtype != x.dtype:
                 raise TypeError(
-                    f"gram: b[{i}] must have the dtype of a[{i}], {x.dtype}, got {y.dtype}. Convert "
-                    f"it with .to({x.dtype})"
+                    f"gram: b[{i}] must have the dtype of a[{i}], {x.dtype}, got {y.dtype}. "
+                    f"Convert it with .to({x.dtype})"
                 )
-    if not symmetric:
-        check_rows("gram", "b", b, batched)
     reason = subclasses(a=a, b=b, weight=weight)
     return a[0].device, {} if reason is None else {"cpu": reason}
 

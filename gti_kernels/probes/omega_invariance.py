@@ -59,8 +59,8 @@ def omega_invariance(
         ε_Ω = ‖e^{γ K dt} SᵀJS − J_{2k}‖_F / ‖J_{2k}‖_F,   S = DΦ(z₀) S₀
 
     S₀ [2N, 2k] holds the pairs (d_i, 0), (0, d_i) of k = `pairs` orthonormal directions d_i of R^N
-    (`darboux_pairs`: subspace, layer), so that S₀ᵀJS₀ = J_{2k}; ω(z₁, z₂) = q₁·p₂ − p₁·q₂. A force that is the gradient of a
-    potential, held fixed within a step, gives 0 at every dt.
+    (`darboux_pairs`: subspace, layer), so that S₀ᵀJS₀ = J_{2k}; ω(z₁, z₂) = q₁·p₂ − p₁·q₂. A force
+    that is the gradient of a potential, held fixed within a step, gives 0 at every dt.
 
     tangents: "jvp" — exact derivatives, forward over reverse, kinks of ReLU or max-pool do no harm;
         costs 2K batched Hessian-vector products. In the regime "running" the derivative follows the
@@ -72,8 +72,8 @@ def omega_invariance(
     All in fp64, on copies; the memory is that of 4k + 2 parameter lists, and of the activations for
     each tangent of a chunk.
     floor: two_form's error bound, plus u √(6K) ‖S‖_F² relative to ‖J_{2k}‖_F for "jvp"; for "fd"
-    the rounding u √(6K) divided by the relative increment takes the place of u √(6K) (truncation, which
-    kinks dominate, is not in it).
+    the rounding u √(6K) divided by the relative increment takes the place of u √(6K) (truncation,
+    which kinks dominate, is not in it).
 
     Returns an `OmegaInvariance`. TypeError, ValueError: arguments out of range, pairs > N, sharded
     parameters (DTensor has no second derivatives). The model is left as it was, whatever happens.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -203,7 +204,9 @@ def _differences(
     total = [torch.tensordot(signs.to(x), x, dims=1) for x in s.q + s.p]
     scale = length / max(norm(total), torch.finfo(torch.float64).tiny)
     slopes = [central(total, r * scale)[0] for r in SWEEP]
-    changes = [norm([a - b for a, b in zip(x, y, strict=True)]) for x, y in zip(slopes, slopes[1:])]
+    changes = [
+        norm([a - b for a, b in zip(x, y, strict=True)]) for x, y in itertools.pairwise(slopes)
+    ]
     increment = SWEEP[1 + min(range(len(changes)), key=changes.__getitem__)]
 
     here = image(total, 0.0)

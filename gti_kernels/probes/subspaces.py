@@ -26,16 +26,16 @@ def darboux_pairs(
     Args:
         subspace: "random" — of normal numbers, orthonormalised by QR in fp64. "gradient" — the
             gradients of batches 0…k−1 at the start, orthonormalised in this order, so that d_1 is
-            the direction of ∇L_0. "hessian" — eigenvectors of the Hessian of L_0 at the start, those
-            of the k largest |eigenvalues|, by `power_iteration_operator` (residual 1e-6, at most
-            1000 products).
+            the direction of ∇L_0. "hessian" — eigenvectors of the Hessian of L_0 at the start,
+            those of the k largest |eigenvalues|, by `power_iteration_operator` (residual 1e-6, at
+            most 1000 products).
         layer: name of a submodule of the model (as of named_modules): directions within its
             parameters alone, and of the Hessian its block. None: all parameters.
         draw: number of the random draw, also of the iteration's start.
 
-    Returns dq, dp: lists over parameters of [2k, *shape], fp64. ValueError, TypeError: arguments out
-    of range, k above the number of parameters (or, for "gradient", of batches with independent
-    gradients).
+    Returns dq, dp: lists over parameters of [2k, *shape], fp64. ValueError, TypeError: arguments
+    out of range, k above the number of parameters (or, for "gradient", of batches with
+    independent gradients).
 
     >>> import torch, gti_kernels as gti
     >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1))
@@ -114,7 +114,8 @@ def _gradients(system: HamiltonianSystem, inside: Tensor, pairs: int) -> Tensor:
     size = r.diagonal().abs()
     if not bool((size > 1e-10 * size.max()).all()):
         raise ValueError(
-            f"pairs: expected batches with {pairs} independent gradients, got dependent or zero ones"
+            f"pairs: expected {pairs} batches with independent gradients, got dependent or zero "
+            f"ones"
         )
     return q * r.diagonal().sign()
 

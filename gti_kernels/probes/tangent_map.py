@@ -85,8 +85,8 @@ class Differentiator:
                 raise
             raise RuntimeError(
                 f"system: the model has an op that cannot be differentiated twice. Forward over "
-                f'reverse: "{_first_line(error)}"; backward twice: "{_first_line(second)}". Replace '
-                f'the op, or use central differences (method="fd")'
+                f'reverse: "{_first_line(error)}"; backward twice: "{_first_line(second)}". '
+                f'Replace the op, or use central differences (method="fd")'
             ) from second
         self.method = "double backward"
         warnings.warn(
@@ -105,6 +105,7 @@ class Differentiator:
             leaves = [x.detach().requires_grad_() for x in leaves]
             values, out_shape = tree_flatten(f(*tree_unflatten(leaves, shape)))
             used = [v for v in values if v.requires_grad]
+            _refuse_dead_ends(used)
             u = [torch.zeros_like(v, requires_grad=True) for v in used]
             adjoint = (
                 torch.autograd.grad(used, leaves, u, create_graph=True, allow_unused=True)
@@ -240,6 +241,27 @@ def _push_statistics(
 def hessian_products(system: HamiltonianSystem, state: State, dq: list[Tensor]) -> list[Tensor]:
     """H·dq for m vectors dq, [m, *shape] per tensor, H the Hessian of the first batch's loss."""
     return _force(system, state, State(dq, dq, {}), 0, Differentiator(len(dq[0])))[1]
+
+
+def _refuse_dead_ends(values: list[Tensor]) -> None:
+    """Raises where a gradient in the graph of `values` has no derivative itself.
+
+    Such a node ends the graph, so that autograd.grad goes around it without a word (as with
+    once_differentiable).
+    """
+    stack: list[Any] = [v.grad_fn for v in values]
+    seen: set[Any] = set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        stack += [following for following, _ in node.next_functions]
+    if any(node.name() == "torch::autograd::Error" for node in seen):
+        own = sorted(
+            {n.name() for n in seen if isinstance(n, torch.autograd.function.BackwardCFunction)}
+        )
+        raise RuntimeError(f"once_differentiable forbids a second one, in one of {', '.join(own)}")
 
 
 def _first_line(error: Exception) -> str:
