@@ -77,6 +77,15 @@ ROWS = (
         differentiable="no",
         bytes_moved="2 · m · N · itemsize",
     ),
+    Row(
+        name="gram",
+        stem="gram",
+        backends=("cuda", "triton", "cpu", "reference"),
+        dtypes=DTYPES,
+        mutates=(),
+        differentiable="no",
+        bytes_moved="(m + l) · N · itemsize",
+    ),
 )
 
 BY_NAME = {row.name: row for row in ROWS}
@@ -87,7 +96,7 @@ BUILT = frozenset(
     (stem, backend)
     for stem in ("power_iteration", "leapfrog", "kinetic_energy", "two_form")
     for backend in ("cuda", "triton", "cpu", "reference")
-)
+) | {("gram", "cpu"), ("gram", "reference")}
 
 
 def table() -> str:

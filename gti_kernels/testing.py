@@ -4,7 +4,7 @@ The truth is the reference in float64 on the very inputs of the kernel. A kernel
 may be at most `MULTIPLE` times the error of the reference in the working dtype, plus `FLOOR`
 roundings of the largest value. (The error of the reference in float64 is taken from float32, scaled
 by the ratio of the roundings: it has no truth above it.) Where an op returns an error bound of its
-own (two_form), that bound is the rule instead.
+own (two_form, gram), that bound is the rule instead.
 
 >>> from gti_kernels import testing
 >>> all(c.error <= c.bound for c in testing.compare("kick_", "float32", "reference"))
@@ -126,6 +126,36 @@ def _two_form_samples() -> list[Sample]:
     return [Sample(f"m={m}, N={sum(s)}", make(m, s, metric)) for m, s, metric in cases]
 
 
+def _gram_samples() -> list[Sample]:
+    def make(
+        m: int, rows: int | None, sizes: tuple[int, ...], weighted: bool
+    ) -> Callable[[torch.dtype, str], tuple[list[Any], dict[str, Any]]]:
+        def arguments_of(dtype: torch.dtype, device: str) -> tuple[list[Any], dict[str, Any]]:
+            def draw(rows: int, seed: int) -> list[Tensor]:
+                return [
+                    numbers(rows, n, dtype=dtype, device=device, seed=seed + i)
+                    for i, n in enumerate(sizes)
+                ]
+
+            weight = [w[0] for w in draw(1, 90)] if weighted else None
+            return [draw(m, 0), None if rows is None else draw(rows, 50)], {"weight": weight}
+
+        return arguments_of
+
+    cases = [
+        (1, None, (5,), False),
+        (3, 6, (9,), True),
+        (4, None, (40000,), True),
+        (5, 9, (3, 0, 17001, 64), True),
+        (9, 2, (2049, 1), False),
+        (17, None, (300,), False),
+    ]
+    return [
+        Sample(f"m={m}, l={rows or m}, N={sum(sizes)}", make(m, rows, sizes, weighted))
+        for m, rows, sizes, weighted in cases
+    ]
+
+
 def _power_iteration_samples() -> list[Sample]:
     shapes = ((1, 9), (9, 1), (7, 5), (16, 16), (33, 129), (129, 33), (300, 700), (64, 3, 3, 3))
 
@@ -148,6 +178,8 @@ def samples(op: str) -> list[Sample]:
     """The samples of a registered op."""
     if op == "two_form":
         return _two_form_samples()
+    if op == "gram":
+        return _gram_samples()
     if op == "power_iteration":
         return _power_iteration_samples()
     return _leapfrog_samples(op)
@@ -170,6 +202,8 @@ def _call(op: str, args: list[Any], kwargs: dict[str, Any], backend: str) -> dic
     if op == "two_form":
         outputs = {"omega": result.omega}
         return outputs if result.metric is None else {**outputs, "metric": result.metric}
+    if op == "gram":
+        return {"matrix": result.matrix}
     if result is not None:
         written["energy"] = result
     return written
@@ -217,10 +251,14 @@ def compare(
             first = value[0] if isinstance(value, list) else value
             rounding = FLOOR * torch.finfo(first.dtype).eps * _largest(truth[name])
             bound = MULTIPLE * ratio * _largest(_difference(own[name], truth[name])) + rounding
-            if op == "two_form" and name == "omega":
-                form = gti_kernels.two_form(*args, backend=backend)
-                bounds = form.error_bound + gti_kernels.two_form(*_double(args)).error_bound
-                excess = (form.omega - truth[name]).abs() - bounds
+            if (op, name) in (("two_form", "omega"), ("gram", "matrix")):
+                function, wide = (
+                    getattr(gti_kernels, op),
+                    {k: _double(v) for k, v in kwargs.items()},
+                )
+                bounds = function(*args, **kwargs, backend=backend).error_bound
+                bounds = bounds + function(*_double(args), **wide, backend="reference").error_bound
+                excess = (value - truth[name]).abs() - bounds
                 error, bound = float((excess + bounds).max()), float(bounds.max())
                 error = error if float(excess.max()) <= 0 else max(error, 2.0 * bound)
             rows.append(Comparison(op, sample.name, dtype, backend, name, error, bound))

@@ -10,6 +10,7 @@ void bind_kinetic_energy(py::module_& module);
 void bind_leapfrog(py::module_& module);
 void bind_phase_space(py::module_& module);
 void bind_two_form(py::module_& module);
+void bind_gram(py::module_& module);
 void bind_power_iteration(py::module_& module);
 
 // Runs f without the GIL where the work is long enough to be worth handing it over.

@@ -41,6 +41,7 @@ PYBIND11_MODULE(_compiled, module) {
   gti::bind_leapfrog(module);
   gti::bind_phase_space(module);
   gti::bind_two_form(module);
+  gti::bind_gram(module);
   gti::bind_power_iteration(module);
 #ifdef _OPENMP
   module.attr("openmp") = true;

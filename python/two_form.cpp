@@ -11,41 +11,45 @@ namespace {
 
 // What the kernel wrote, made into tensors where they are asked for.
 struct TwoFormResult {
-  int64_t m;
+  std::vector<int64_t> shape;
   bool with_metric;
-  std::vector<double> numbers;  // omega, error_bound, metric: [m, m] each
+  std::vector<double> numbers;  // omega, error_bound, metric: of `shape` each
 
-  double* matrix(int64_t i) { return numbers.data() + i * m * m; }
+  int64_t size() const { return static_cast<int64_t>(numbers.size()) / (with_metric ? 3 : 2); }
+  double* matrix(int64_t i) { return numbers.data() + i * size(); }
   py::object tensor(int64_t i) {
     double* to;
-    py::object out = new_tensor({m, m}, &to);
-    std::copy_n(matrix(i), m * m, to);
+    py::object out = new_tensor(shape, &to);
+    std::copy_n(matrix(i), size(), to);
     return out;
   }
 };
 
-// dq, dp: tensors [m, ...] or lists of them. A TwoFormResult, or None where an argument is not what
-// the kernel takes.
+// dq, dp: tensors [m, N] or [batch, m, N], or lists of [m, ...]. A TwoFormResult, or None where an
+// argument is not what the kernel takes.
 py::object run(py::handle dq, py::handle dp, bool metric, bool recording, int threads) {
   std::vector<View> qs, ps;
   if (!views_of(dq, qs, recording) || !views_of(dp, ps, recording) || qs.size() != ps.size() ||
       qs.empty() || qs[0].ndim < 2)
     return py::none();
-  const int64_t m = qs[0].shape[0];
+  const bool batched = !PyList_Check(dq.ptr()) && qs[0].ndim > 2;
+  if (batched && qs[0].ndim > 3) return py::none();
+  const int64_t batch = batched ? qs[0].shape[0] : 1, m = qs[0].shape[batched];
   std::vector<TwoFormItem> items(qs.size());
   int64_t coordinates = 0;
   for (size_t i = 0; i < qs.size(); ++i) {
     const View &q = qs[i], &p = ps[i];
-    if (q.ndim < 2 || q.shape[0] != m || m == 0 || !is_contiguous(q) || !is_contiguous(p) ||
-        !same_layout(q, p))
+    if (q.ndim < 2 || q.shape[batched] != m || m == 0 || batch == 0 || !is_contiguous(q) ||
+        !is_contiguous(p) || !same_layout(q, p))
       return py::none();
-    items[i] = {q.dtype, q.count / m, q.data, p.data};
-    coordinates += q.count / m;
+    items[i] = {q.dtype, q.count / (batch * m), q.data, p.data};
+    coordinates += items[i].count;
   }
   if (coordinates == 0) return py::none();
-  TwoFormResult result{m, metric, std::vector<double>((metric ? 3 : 2) * m * m)};
+  TwoFormResult result{{m, m}, metric, std::vector<double>((metric ? 3 : 2) * batch * m * m)};
+  if (batched) result.shape.insert(result.shape.begin(), batch);
   without_gil(qs, static_cast<double>(m), [&] {
-    two_form(items.data(), items.size(), m, result.matrix(0), result.matrix(1),
+    two_form(items.data(), items.size(), batch, m, result.matrix(0), result.matrix(1),
              metric ? result.matrix(2) : nullptr, threads);
   });
   return py::cast(std::move(result));

@@ -59,3 +59,33 @@ def cnn(norm: str) -> nn.Module:
 def cnn_system(norm: str, **options) -> HamiltonianSystem:
     regime = {"running": "running", "frozen": "frozen"}.get(norm, "batch")
     return HamiltonianSystem(cnn(norm), F.cross_entropy, images(), regime=regime, **options)
+
+
+def reference_step(
+    z: Tensor, b: tuple[Tensor, Tensor], x: Tensor, y: Tensor, dt: float, regime: str
+) -> Tensor:
+    """One step of Linear(3→4)–BatchNorm–tanh–Linear(4→2) by hand; z = (q, p, mean, var), M = 1."""
+    n = 12 + 4 + 4 + 8 + 2
+    q, p, mean, var = z[:n], z[n : 2 * n], z[2 * n : 2 * n + 4], z[2 * n + 4 :]
+
+    def hidden(q: Tensor) -> Tensor:
+        return x @ q[:12].reshape(4, 3).T
+
+    if regime == "running":
+        h = hidden(q)
+        mean, var = 0.9 * mean + 0.1 * h.mean(0), 0.9 * var + 0.1 * h.var(0)
+    if regime == "frozen":
+        mean, var = b
+
+    def force(q: Tensor) -> Tensor:
+        own = q.clone()  # ∂L/∂q alone: `mean` and `var` depend on q, not on this copy
+        h = hidden(own)
+        m, v = (h.mean(0), h.var(0, unbiased=False)) if regime == "batch" else (mean, var)
+        h = torch.tanh((h - m) / torch.sqrt(v + 1e-5) * own[12:16] + own[16:20])
+        out = h @ own[20:28].reshape(2, 4).T + own[28:]
+        return torch.autograd.grad(((out - y) ** 2).mean(), own, create_graph=True)[0]
+
+    p = p - dt / 2 * force(q)
+    q = q + dt * p
+    p = p - dt / 2 * force(q)
+    return torch.cat([q, p, mean, var])

@@ -7,7 +7,8 @@ import torch
 
 import gti_kernels as gti
 from gti_kernels import backends, testing
-from gti_kernels.reference import kinetic_energy, leapfrog, power_iteration, two_form
+from gti_kernels.ops.results import Result
+from gti_kernels.reference import gram, kinetic_energy, leapfrog, power_iteration, two_form
 from gti_kernels.rows import ROWS
 
 BACKENDS = ("reference", "cpu")
@@ -20,6 +21,7 @@ REFERENCE = {
     "kick_drift_": leapfrog,
     "kinetic_energy": kinetic_energy,
     "two_form": two_form,
+    "gram": gram,
 }
 
 
@@ -40,7 +42,7 @@ def outputs(op: str, calls: list[tuple[list, dict]], backend: str) -> list[torch
     flat: list[torch.Tensor] = []
     for args, kwargs in copy([list(call) for call in calls]):
         result = getattr(gti, op)(*args, **kwargs, backend=backend)
-        for x in [*args, *(result if isinstance(result, tuple) else [result])]:
+        for x in [*args, *(result if isinstance(result, (tuple, Result)) else [result])]:
             flat += [t for t in (x if isinstance(x, list) else [x]) if isinstance(t, torch.Tensor)]
     return flat
 

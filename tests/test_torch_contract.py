@@ -40,7 +40,8 @@ ARGUMENTS = {
     "drift_": (*MIXED, 0.5, [0.5, 2.0], [], "auto"),
     "kick_drift_": (*MIXED, [numbers(3), numbers(4, 2).float()], 0.5, 0.1, [], [], 0.9, "auto"),
     "kinetic_energy": (MIXED[0], [1.0, 0.5], [], "auto"),
-    "two_form": ([numbers(3, 5)], [numbers(3, 5, seed=1)], True, "auto"),
+    "two_form": ([numbers(3, 5)], [numbers(3, 5, seed=1)], True, False, "auto"),
+    "gram": ([numbers(3, 5)], [numbers(2, 5)], [numbers(5)], False, True, False, "auto"),
     "power_iteration": (
         [numbers(3, 5), numbers(4, 2, 3).float()],
         *(False, 1, "cg", 5, 0.0, [], 0, "auto"),
@@ -72,6 +73,8 @@ def test_fake_results_have_the_shapes_of_the_real_ones(metric):
             gti.kick_drift_(q, p, [torch.ones_like(t) for t in q], 0.1, 0.1),
             gti.kinetic_energy(p),
             gti.two_form(z, z, metric=metric),
+            gti.two_form(z[0], z[0], metric=metric),
+            gti.gram(z[0], weight=torch.ones(3)),
             gti.power_iteration(w, k=2),
             gti.power_iteration([w, torch.ones(3, 3, dtype=torch.float64)]),
             gti.top_singular_values(w),

@@ -255,3 +255,135 @@ def test_powers_of_two_scale(scale, backend):
 def test_metric_is_none_unless_asked_for(backend):
     t = gti.two_form(numbers(2, 3), numbers(2, 3), backend=backend)
     assert t.metric is None and t.omega.dtype == t.error_bound.dtype == torch.float64
+
+
+# ---- batches, long inputs ------------------------------------------------------------------------
+
+
+@every_backend
+@every_dtype
+@pytest.mark.parametrize("metric", [False, True])
+def test_a_batch_is_its_problems_to_the_bit(metric, dtype, backend):
+    for b, m, n in ((1, 2, 5), (3, 5, 70)):
+        q, p = numbers(b, m, n, dtype=dtype), numbers(b, m, n, dtype=dtype, seed=1)
+        together = gti.two_form(q, p, metric=metric, backend=backend)
+        assert together.omega.shape == together.error_bound.shape == (b, m, m)
+        for i in range(b):
+            alone = gti.two_form(q[i], p[i], metric=metric, backend=backend)
+            assert torch.equal(together.omega[i], alone.omega)
+            assert torch.equal(together.error_bound[i], alone.error_bound)
+            assert torch.equal(together.metric[i], alone.metric) if metric else True
+    turned = gti.two_form(q.mT.contiguous().mT, p, metric=metric, backend=backend)
+    assert torch.equal(turned.omega, together.omega)
+
+
+def test_a_batch_of_long_problems():
+    q, p = (integers(2, 3, 40_000, seed=s) for s in (0, 1))
+    omega = gti.two_form(q, p).omega
+    assert torch.equal(omega, q @ p.mT - p @ q.mT)
+
+
+@every_backend
+def test_bad_batches(backend):
+    for shape in ((0, 2, 3), (2, 0, 3), (2, 3, 0)):
+        with pytest.raises(ValueError, match=r"^two_form: dq"):
+            gti.two_form(torch.ones(shape), torch.ones(shape), backend=backend)
+    with pytest.raises(ValueError, match=r"^two_form: dp\[0\]"):
+        gti.two_form(torch.ones(2, 3, 4), torch.ones(3, 3, 4), backend=backend)
+
+
+def test_lists_of_mixed_dtypes_keep_their_bound():
+    """A list with one fp64 entry is compensated throughout."""
+    for seed in range(20):
+        q, p = ill_conditioned(3000, torch.float32, 12, seed)
+        extra = [torch.zeros(2, 1, dtype=torch.float64)]
+        t = gti.two_form([q, *extra], [p, *extra], backend="cpu")
+        error = abs(Fraction(float(t.omega[0, 1])) - exact(q, p, 0, 1)[0])
+        assert error <= Fraction(float(t.error_bound[0, 1]))
+
+
+def test_a_list_gives_the_bits_of_its_concatenation():
+    q, p = (numbers(5, 40_003, dtype=torch.float32, seed=s) for s in (0, 1))
+    whole = gti.two_form(q, p, metric=True, backend="cpu")
+    sizes = [1, 0, 7, 19_000, 64, 20_931]
+    parts = gti.two_form(
+        *([t.contiguous() for t in x.split(sizes, dim=1)] for x in (q, p)),
+        metric=True,
+        backend="cpu",
+    )
+    assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+
+
+def dots_that_cancel(cases: int, n: int, seed: int):
+    """[cases, 2, n] pairs whose Ω loses up to 53 bits, and Ω from exact integers.
+
+    Entries are integers of at most 52 bits times one power of two a case, so that every product is
+    an integer of Python; the last column holds what is left of the others' sum, rounded.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(bits: int) -> torch.Tensor:
+        wide = torch.randint(-(2**bits), 2**bits, (cases, n), generator=generator)
+        return wide >> torch.randint(0, bits, (cases, n), generator=generator)
+
+    a, b = draw(26), draw(26)
+    q, p = torch.stack([a, a], 1), torch.stack([b, b], 1)
+    # Row 2 differs from row 1 in a few bits of two columns: Ω_12 is a sum of a few small products.
+    at = torch.arange(cases)
+    for _ in range(2):
+        column = torch.randint(0, n, (cases,), generator=generator)
+        q[at, 1, column] += torch.randint(-3, 4, (cases,), generator=generator)
+    return q, p
+
+
+@every_backend
+def test_ten_thousand_ill_conditioned_dots_are_within_their_bound(backend):
+    """Condition Σ|q_i p_j| / |Ω| up to 1e16, against exact integers."""
+    cases, n = (10_000, 24) if backend == "cpu" else (300, 24)
+    q, p = dots_that_cancel(cases, n, 0)
+    scale = 2.0 ** torch.randint(-200, 200, (cases, 1, 1)).double()
+    t = gti.two_form(q.double() * scale, p.double() * scale, backend=backend)
+    wide = [[[int(x) for x in row] for row in case] for case in q.tolist()]
+    tall = [[[int(x) for x in row] for row in case] for case in p.tolist()]
+    worst = 0.0
+    for i, (x, y) in enumerate(zip(wide, tall)):
+        omega = sum(c * d for c, d in zip(x[0], y[1])) - sum(c * d for c, d in zip(y[0], x[1]))
+        s = Fraction(float(scale[i])) ** 2
+        error = abs(Fraction(float(t.omega[i, 0, 1])) - omega * s)
+        assert error <= Fraction(float(t.error_bound[i, 0, 1]))
+        if omega:
+            size = sum(abs(c * d) for c, d in zip(x[0], y[1]))
+            worst = max(worst, float(size / abs(omega)))
+    assert worst > 1e14
+
+
+def test_an_isotropic_subspace_of_four_million_numbers():
+    """dp = S dq, S symmetric: 0 where S dq is exact, else within 1e-13 Σ|q_i p_j| of the exact Ω."""
+    n, m = 4_000_000, 4
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(m, n, generator=generator)
+    s = torch.randn(n, generator=generator)
+    sign = torch.exp2(torch.randint(-2, 3, (n,), generator=generator).float())
+    assert float(gti.two_form(q, q * sign, backend="cpu").omega.abs().max()) == 0.0
+    p = q * s
+    form = gti.two_form(q, p, backend="cpu")
+    size = q.double().abs() @ p.double().abs().T
+    truth = gti.two_form(q.double(), p.double(), backend="cpu")  # compensated
+    assert float(truth.error_bound.max()) < 1e-16 * float(size.max())
+    off = ~torch.eye(m, dtype=torch.bool)
+    assert bool(((form.omega - truth.omega).abs() <= 1e-13 * size)[off].all())
+    naive = q @ p.T - p @ q.T
+    assert float((naive - truth.omega).abs().max()) > 1e3 * float(
+        (form.omega - truth.omega).abs().max()
+    )
+
+
+def test_every_panel_boundary():
+    """Lengths around a panel, a flush of the lanes and a segment; every dtype has its own rows."""
+    for n in (63, 64, 65, 255, 257, 2047, 2049, 16_383, 16_385, 32_769):
+        for m in (3, 5):
+            q, p = (integers(m, n, dtype=torch.float32, seed=n + s) for s in (0, 1))
+            t = gti.two_form(q, p, metric=True, backend="cpu")
+            q, p = q.double(), p.double()
+            assert torch.equal(t.omega, q @ p.T - p @ q.T)
+            assert torch.equal(t.metric, q @ q.T + p @ p.T)

@@ -16,11 +16,11 @@ from .results import Field, Result
 
 
 class TwoForm(Result):
-    """Result of `two_form`, all fp64."""
+    """Result of `two_form`, all fp64, [m, m] or [B, m, m]."""
 
-    omega = Field()  #: [m, m], skew to the bit, zero diagonal
-    error_bound = Field()  #: [m, m], |omega − exact| ≤ error_bound, entry by entry
-    metric = Field()  #: [m, m], symmetric to the bit, or None
+    omega = Field()  #: skew to the bit, zero diagonal
+    error_bound = Field()  #: |omega − exact| ≤ error_bound, entry by entry
+    metric = Field()  #: symmetric to the bit, or None
 
 
 def two_form(
@@ -36,15 +36,17 @@ def two_form(
     From the same single read of the inputs: with metric=True also S_ij = dq_i·dq_j + dp_i·dp_j.
 
     Args:
-        dq, dp: [m, N] each, or lists over parameters of [m, *shape]; the same shapes and dtypes;
-            fp64, fp32, bf16 or fp16, one device. Not written, not concatenated.
+        dq, dp: [m, N] each, or B such problems [B, m, N], or lists over parameters of [m, *shape];
+            the same shapes and dtypes; fp64, fp32, bf16 or fp16, one device. Not written, not
+            concatenated: a list gives the bits of its concatenation on the CPU.
         backend: "auto", "reference", "cpu", "triton" or "cuda"; see `gti_kernels.explain`.
 
     Returns:
         TwoForm(omega, error_bound, metric). Products of elements up to fp32 are exact in fp64,
         where they are summed; for fp64 elements products and sums are compensated (Dot2; Ogita,
         Rump, Oishi 2005, "Accurate Sum and Dot Product"). error_bound holds for the inputs as they
-        are, roughly 6e-14·‖z_i‖‖z_j‖ up to fp32 and u·|Ω_ij| + 1e-20·‖z_i‖‖z_j‖ for fp64. A NaN in
+        are, roughly 6e-14·‖z_i‖‖z_j‖ up to fp32 and u·|Ω_ij| + 1e-20·‖z_i‖‖z_j‖ for fp64
+        (N up to 1e8). A NaN in
         vector i makes row and column i NaN, the rest is right.
 
     Raises:
@@ -59,13 +61,18 @@ def two_form(
     """
     if is_plain_eager() and (out := _on_cpu(dq, dp, metric, backend)) is not None:
         return TwoForm.from_kernel(out)
-    dqs, dps = tensor_list(dq), tensor_list(dp)
+    dqs, dps, batched = tensor_list(dq), tensor_list(dp), is_batch(dq)
     refuse_derivative("two_form", [*dqs, *dps], "Pass detached tangents")
     if is_plain_eager():
-        omega, bound, gram = _two_form(dqs, dps, metric, backend)
+        omega, bound, gram = _two_form(dqs, dps, metric, batched, backend)
     else:
-        omega, bound, gram = torch.ops.gti_kernels.two_form(dqs, dps, metric, backend)
+        omega, bound, gram = torch.ops.gti_kernels.two_form(dqs, dps, metric, batched, backend)
     return TwoForm(omega, bound, gram if metric else None)
+
+
+def is_batch(x: Any) -> bool:
+    """Whether x is [B, m, N]: a tensor, not a list of them, with three axes."""
+    return isinstance(x, Tensor) and x.ndim == 3
 
 
 def _on_cpu(dq: Any, dp: Any, metric: bool, backend: str) -> Any:
@@ -76,15 +83,16 @@ def _on_cpu(dq: Any, dp: Any, metric: bool, backend: str) -> Any:
 
 
 def _two_form(
-    dq: list[Tensor], dp: list[Tensor], metric: bool, backend: str
+    dq: list[Tensor], dp: list[Tensor], metric: bool, batched: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    device, limits = limits_of_two_form(dq, dp)
+    device, limits = _limits(dq, dp, batched)
     chosen = backends.choose("two_form", device, backend, limits)
-    q = [t.flatten(1).contiguous().resolve_neg() for t in dq]
-    p = [t.flatten(1).contiguous().resolve_neg() for t in dp]
+    axis = 2 if batched else 1
+    q = [t.flatten(axis).contiguous().resolve_neg() for t in dq]
+    p = [t.flatten(axis).contiguous().resolve_neg() for t in dp]
     if chosen == "cpu":
         with torch.no_grad():
-            out = _on_cpu(q, p, metric, "cpu")
+            out = _on_cpu(*((q[0], p[0]) if batched else (q, p)), metric, "cpu")
         assert out is not None, "the compiled kernel takes whatever passes the checks"
         omega, bound, result = out.omega, out.error_bound, out.metric
     elif chosen == "cuda":
@@ -104,40 +112,54 @@ def limits_of_two_form(
     dq: Tensor | Sequence[Tensor], dp: Tensor | Sequence[Tensor], *, metric: bool = False
 ) -> tuple[torch.device, dict[str, str]]:
     """Checks the arguments; the device, and backend → why it cannot take these tensors."""
-    dqs, dps = tensor_list(dq), tensor_list(dp)
+    return _limits(tensor_list(dq), tensor_list(dp), is_batch(dq))
+
+
+def _limits(
+    dqs: list[Tensor], dps: list[Tensor], batched: bool
+) -> tuple[torch.device, dict[str, str]]:
     check_alike("two_form", dq=dqs, dp=dps)
-    if not dqs:
-        raise ValueError("two_form: dq must hold at least one tensor, got an empty list")
-    m = dqs[0].shape[0] if dqs[0].ndim else 0
-    for i, t in enumerate(dqs):
-        if t.ndim < 2 or t.shape[0] != m or m == 0:
-            raise ValueError(
-                f"two_form: dq[{i}] must be [m, *shape] with the same m >= 1 in every tensor, got "
-                f"{tuple(t.shape)} (m = {m}). Stack tangent vectors along the first axis"
-            )
-    if sum(t.numel() for t in dqs) == 0:
-        raise ValueError(
-            f"two_form: dq must have at least one coordinate, got {tuple(dqs[0].shape)}"
-        )
+    check_rows("two_form", "dq", dqs, batched)
     reason = subclasses(dq=dqs, dp=dps)
     return dqs[0].device, {} if reason is None else dict.fromkeys(("cpu", "triton", "cuda"), reason)
 
 
+def check_rows(op: str, name: str, tensors: Sequence[Tensor], batched: bool) -> None:
+    """[m, *shape] with the same m >= 1 in every tensor, or [B, m, N]; at least one coordinate."""
+    if not tensors:
+        raise ValueError(f"{op}: {name} must hold at least one tensor, got an empty list")
+    axis = 1 if batched else 0
+    m = tensors[0].shape[axis] if tensors[0].ndim > axis else 0
+    for i, t in enumerate(tensors):
+        if t.ndim < axis + 2 or t.shape[axis] != m or m == 0 or (batched and len(t) == 0):
+            wanted = "[B, m, N] with B, m >= 1" if batched else "[m, *shape] with the same m >= 1"
+            raise ValueError(
+                f"{op}: {name}[{i}] must be {wanted} in every tensor, got {tuple(t.shape)} "
+                f"(m = {m}). Stack vectors along the {'second' if batched else 'first'} axis"
+            )
+    if sum(t.numel() for t in tensors) == 0:
+        raise ValueError(
+            f"{op}: {name} must have at least one coordinate, got {tuple(tensors[0].shape)}"
+        )
+
+
 def _fake(
-    dq: list[Tensor], dp: list[Tensor], metric: bool, backend: str
+    dq: list[Tensor], dp: list[Tensor], metric: bool, batched: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_alike("two_form", dq=dq, dp=dp)
-    m = dq[0].shape[0]
+    lead = dq[0].shape[: 2 if batched else 1]
+    shape = (*lead, lead[-1])
     make = dq[0].new_empty
     return (
-        make((m, m), dtype=torch.float64),
-        make((m, m), dtype=torch.float64),
-        make((m, m) if metric else (0,), dtype=torch.float64),
+        make(shape, dtype=torch.float64),
+        make(shape, dtype=torch.float64),
+        make(shape if metric else (0,), dtype=torch.float64),
     )
 
 
 register(
-    "two_form(Tensor[] dq, Tensor[] dp, bool metric, str backend) -> (Tensor, Tensor, Tensor)",
+    "two_form(Tensor[] dq, Tensor[] dp, bool metric, bool batched, str backend) -> "
+    "(Tensor, Tensor, Tensor)",
     _two_form,
     _fake,
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,15 +11,157 @@ import torch
 from torch import Tensor
 from torch.func import grad, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from ..ops.leapfrog import kick_, kick_drift_
 from .batch_statistics import functional_normalization
 from .hamiltonian_system import HamiltonianSystem, State, laid_out_like
 
+#: Bytes that the activations of one batch of tangents may take (`chunk_of`).
+MEMORY = 2**30
+#: Memory of a tangent over what a gradient saves: the tangents of the activations and of their
+#: gradients, and as much again while they are formed.
+_TANGENT_OVER_GRADIENT = 4
 
-def push_tangents(
-    system: HamiltonianSystem, state: State, tangents: State, t: int, dt: float
+
+class Differentiator:
+    """Differentials of functions of the parameters, `chunk` tangents at a time.
+
+    Forward over reverse, vmapped, all tangents sharing one evaluation of the function itself. Where
+    the model has an op without a forward rule, two backward passes for each tangent instead: said
+    once in a warning, and in `method`.
+    """
+
+    def __init__(self, chunk: int) -> None:
+        self.chunk = chunk
+        self.method = "forward over reverse"
+
+    def __call__(self, f: Callable[..., Any], point: tuple, tangents: tuple) -> tuple[Any, Any]:
+        """f(point) and Df(point)·tangent for tangents stacked along a new first axis."""
+        m = tree_flatten(tangents)[0][0].shape[0]
+        if self.method == "double backward":
+            return self._backward_twice(f, point, tangents, m)
+        chunk, parts, first = self.chunk, [], 0
+        value = None
+        while first < m:
+            part = tree_map(lambda x, a=first, b=first + chunk: x[a:b], tangents)
+            try:
+                value, derivative = self._forward(f, point, part, batched=chunk > 1)
+            except (RuntimeError, NotImplementedError) as error:
+                if chunk > 1 and (
+                    "vmap" in str(error) or isinstance(error, torch.OutOfMemoryError)
+                ):
+                    # Models that vmap does not take (as with writes into tensors of their own), or
+                    # too little memory: one at a time.
+                    self.chunk = chunk = 1
+                    continue
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise
+                return self._second_try(f, point, tangents, m, error)
+            parts.append(derivative)
+            first += chunk
+        return value, tree_map(lambda *xs: torch.cat(xs), *parts)
+
+    def _forward(
+        self, f: Callable[..., Any], point: tuple, tangents: tuple, batched: bool
+    ) -> tuple[Any, Any]:
+        def along(*tangent: Any) -> tuple[Any, Any]:
+            value, derivative = jvp(f, point, tangent)  # type: ignore[misc]
+            return value, derivative
+
+        if batched:
+            # The value is the same for every tangent (out_dims None), unknown to the stub.
+            return vmap(along, out_dims=(None, 0), randomness="same")(*tangents)  # type: ignore[arg-type]
+        value, derivative = along(*tree_map(lambda x: x[0], tangents))
+        return value, tree_map(lambda x: x.unsqueeze(0), derivative)
+
+    def _second_try(
+        self, f: Callable[..., Any], point: tuple, tangents: tuple, m: int, error: Exception
+    ) -> tuple[Any, Any]:
+        try:
+            out = self._backward_twice(f, point, tangents, m)
+        except (RuntimeError, NotImplementedError) as second:
+            if isinstance(second, torch.OutOfMemoryError):
+                raise
+            raise RuntimeError(
+                f"system: the model has an op that cannot be differentiated twice. Forward over "
+                f'reverse: "{_first_line(error)}"; backward twice: "{_first_line(second)}". '
+                f'Replace the op, or use central differences (method="fd")'
+            ) from second
+        self.method = "double backward"
+        warnings.warn(
+            f"tangents by two backward passes each, slower: no forward over reverse for this model "
+            f'("{_first_line(error)}")',
+            stacklevel=2,
+        )
+        return out
+
+    def _backward_twice(
+        self, f: Callable[..., Any], point: tuple, tangents: tuple, m: int
+    ) -> tuple[Any, Any]:
+        """J t = ∂⟨Jᵀu, t⟩/∂u: the adjoint, linear in u, is differentiated again."""
+        leaves, shape = tree_flatten(point)
+        with torch.enable_grad():
+            leaves = [x.detach().requires_grad_() for x in leaves]
+            values, out_shape = tree_flatten(f(*tree_unflatten(leaves, shape)))
+            used = [v for v in values if v.requires_grad]
+            _refuse_dead_ends(used)
+            u = [torch.zeros_like(v, requires_grad=True) for v in used]
+            adjoint = (
+                torch.autograd.grad(used, leaves, u, create_graph=True, allow_unused=True)
+                if used
+                else [None] * len(leaves)
+            )
+            rows = []
+            for i in range(m):
+                pairs = [
+                    (a, t[i])
+                    for a, t in zip(adjoint, tree_flatten(tangents)[0], strict=True)
+                    if a is not None and a.requires_grad
+                ]
+                derivative = iter(
+                    torch.autograd.grad(
+                        [a for a, _ in pairs],
+                        u,
+                        [t for _, t in pairs],
+                        retain_graph=True,
+                        allow_unused=True,
+                    )
+                    if pairs
+                    else [None] * len(u)
+                )
+                row = [next(derivative) if v.requires_grad else None for v in values]
+                rows.append([torch.zeros_like(v) if x is None else x for v, x in zip(values, row)])
+        stacked = [torch.stack(xs) for xs in zip(*rows, strict=True)]
+        return (
+            tree_unflatten([v.detach() for v in values], out_shape),
+            tree_unflatten(stacked, out_shape),
+        )
+
+
+def chunk_of(system: HamiltonianSystem, state: State, memory: int) -> int:
+    """How many tangents `memory` bytes hold, by what one gradient saves of its activations."""
+    saved: dict[int, int] = {}
+
+    def count(x: Tensor) -> Tensor:
+        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+        q = [x.detach().requires_grad_() for x in state.q]
+        with functional_normalization(system.layers if system.regime == "batch" else {}):
+            system.loss(q, state.b, 0)
+    size = 8 * system.size + _TANGENT_OVER_GRADIENT * sum(saved.values())
+    return max(1, memory // max(1, size))
+
+
+def push_step(
+    system: HamiltonianSystem,
+    state: State,
+    tangents: State,
+    t: int,
+    dt: float,
+    differential: Differentiator,
 ) -> None:
     """Step t of the map and of its derivative, both in place.
 
@@ -27,14 +170,13 @@ def push_tangents(
     state: (q, p, b) in fp64; tangents: m tangents, [m, *shape] per tensor, db only for the running
     statistics in the regime "running" (the updated statistics depend on q, and later forces on
     them), else empty. The kicks and drifts are linear, so the tangents go through the same kernels
-    as the state, with the Hessian-vector products H·dq + (∂∇L/∂b)·db in place of the gradient
-    (forward over reverse, all m tangents in one batched pass).
+    as the state, with the Hessian-vector products H·dq + (∂∇L/∂b)·db in place of the gradient.
     """
     damp = math.exp(-system.damping * dt / 2)
     if system.regime == "running" and system.layers:
-        _push_statistics(system, state, tangents, t)
+        _push_statistics(system, state, tangents, t, differential)
     for half in (0, 1):
-        force, d_force = _force(system, state, tangents, t)
+        force, d_force = _force(system, state, tangents, t, differential)
         with system.clock("kernels"):
             for z, f in ((state, force), (tangents, d_force)):
                 if half == 0:
@@ -53,7 +195,7 @@ def push_tangents(
 
 
 def _force(
-    system: HamiltonianSystem, state: State, tangents: State, t: int
+    system: HamiltonianSystem, state: State, tangents: State, t: int, differential: Differentiator
 ) -> tuple[list[Tensor], list[Tensor]]:
     """∇L_t(q; b) and its derivative along the tangents."""
     layers = system.layers if system.regime in ("batch", "running") else {}
@@ -65,53 +207,62 @@ def _force(
     def force(q: list[Tensor], b: dict[str, Tensor], ys: list[Tensor]) -> list[Tensor]:
         running = {**state.b, **b} if system.regime == "running" else None
         with functional_normalization(layers, running):
-            return grad(system.loss)(q, state.b, t, *ys)
+            if torch._C._functorch.maybe_current_level() is not None:
+                return grad(system.loss)(q, state.b, t, *ys)
+            loss = system.loss(q, state.b, t, *ys)  # to be differentiated backwards
+            grads = torch.autograd.grad(loss, q, create_graph=True, allow_unused=True)
+            return [torch.zeros_like(x) if g is None else g for x, g in zip(q, grads, strict=True)]
 
     point = (state.q, {name: state.b[name] for name in tangents.b}, ys)
     # The math backend of attention is the one with forward derivatives.
     with system.clock("gradients"), sdpa_kernel(SDPBackend.MATH):
-        value, derivative = _differential(force, point, (tangents.q, tangents.b, dys))
+        value, derivative = differential(force, point, (tangents.q, tangents.b, dys))
         return (
             [laid_out_like(q, f) for q, f in zip(state.q, value, strict=True)],
             [laid_out_like(dq, df) for dq, df in zip(tangents.q, derivative, strict=True)],
         )
 
 
-def _push_statistics(system: HamiltonianSystem, state: State, tangents: State, t: int) -> None:
+def _push_statistics(
+    system: HamiltonianSystem, state: State, tangents: State, t: int, differential: Differentiator
+) -> None:
     """b ← (1 − m) b + m·μ(q), db ← (1 − m) db + m Dμ·dq, μ the moments of batch t."""
 
     def moments(q: list[Tensor]) -> dict[str, Tensor]:
         return system.batch_moments(q, state.b, t)
 
     with system.clock("gradients"):
-        value, derivative = _differential(moments, (state.q,), (tangents.q,))
+        value, derivative = differential(moments, (state.q,), (tangents.q,))
     for name, m in system.count_batch(state).items():
         state.b[name] = torch.lerp(state.b[name], value[name], m)
         tangents.b[name] = torch.lerp(tangents.b[name], derivative[name], m)
 
 
-def _differential(f: Callable[..., Any], point: tuple, tangents: tuple) -> tuple[Any, Any]:
-    """f(point) and Df(point)·tangent for tangents stacked along a new first axis."""
-
-    def along(*tangent: Any) -> tuple[Any, Any]:
-        value, derivative = jvp(f, point, tangent)  # type: ignore[misc]
-        return value, derivative
-
-    try:
-        # The value is the same for every tangent (out_dims None), which the stub does not know of.
-        return vmap(along, out_dims=(None, 0), randomness="same")(*tangents)  # type: ignore[arg-type]
-    except RuntimeError as error:
-        # Models that vmap does not take (as with writes into tensors of their own), or too little
-        # memory for all tangents at once: one at a time.
-        if "vmap" not in str(error) and not isinstance(error, torch.OutOfMemoryError):
-            raise
-    rows = [along(*_row(tangents, i)) for i in range(tangents[0][0].shape[0])]
-    return rows[0][0], _stack([derivative for _, derivative in rows])
+def hessian_products(system: HamiltonianSystem, state: State, dq: list[Tensor]) -> list[Tensor]:
+    """H·dq for m vectors dq, [m, *shape] per tensor, H the Hessian of the first batch's loss."""
+    return _force(system, state, State(dq, dq, {}), 0, Differentiator(len(dq[0])))[1]
 
 
-def _row(tree: Any, i: int) -> Any:
-    return tree_map(lambda x: x[i], tree)
+def _refuse_dead_ends(values: list[Tensor]) -> None:
+    """Raises where a gradient in the graph of `values` has no derivative itself.
+
+    Such a node ends the graph, so that autograd.grad goes around it without a word (as with
+    once_differentiable).
+    """
+    stack: list[Any] = [v.grad_fn for v in values]
+    seen: set[Any] = set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        stack += [following for following, _ in node.next_functions]
+    if any(node.name() == "torch::autograd::Error" for node in seen):
+        own = sorted(
+            {n.name() for n in seen if isinstance(n, torch.autograd.function.BackwardCFunction)}
+        )
+        raise RuntimeError(f"once_differentiable forbids a second one, in one of {', '.join(own)}")
 
 
-def _stack(trees: list[Any]) -> Any:
-    return tree_map(lambda *xs: torch.stack(xs), *trees)
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

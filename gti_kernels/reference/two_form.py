@@ -15,9 +15,16 @@ def two_form(
     """Ω_ij = Σ_a dq_ia dp_ja − dp_ia dq_ja, its error bound, and S_ij = Σ_a dq_ia dq_ja + dp_ia
     dp_ja.
 
-    dq, dp: lists of [m, N_t], any float dtype. Returns Ω [m, m], bound [m, m], S [m, m] or None,
-    all fp64. Only i < j is summed; Ω_ji = −Ω_ij and Ω_ii = 0 hold to the bit.
+    dq, dp: lists of [m, N_t] or of [B, m, N_t], any float dtype. Returns Ω [m, m], bound [m, m],
+    S [m, m] or None, each with B in front where the inputs have it, all fp64. Only i < j is summed;
+    Ω_ji = −Ω_ij and Ω_ii = 0 hold to the bit.
     """
+    if dq[0].ndim == 3:
+        pairs = zip(zip(*dq, strict=True), zip(*dp, strict=True), strict=True)
+        omegas, bounds, grams = zip(
+            *(two_form(list(q), list(p), metric) for q, p in pairs), strict=True
+        )
+        return torch.stack(omegas), torch.stack(bounds), torch.stack(grams) if metric else None
     q = torch.cat([t.double() for t in dq], dim=1)
     p = torch.cat([t.double() for t in dp], dim=1)
     m = q.shape[0]
@@ -47,13 +54,10 @@ def two_form(
 def dot2(a: Tensor, b: Tensor) -> Tensor:
     """Σ a_i b_i of two fp64 vectors as if in twice the precision (Ogita, Rump, Oishi 2005, Dot2).
 
-    Products are split without error (Dekker); sums go up a binary tree that keeps each rounding
+    Products are split without error; sums go up a binary tree that keeps each rounding
     error (Knuth's TwoSum) instead of left to right: the same statement, a smaller constant.
     """
-    high = a * b
-    a1, a2 = _split(a)
-    b1, b2 = _split(b)
-    low = a2 * b2 - (((high - a1 * b1) - a2 * b1) - a1 * b2)
+    high, low = exact_product(a, b)
     while high.numel() > 1:
         if high.numel() % 2:
             high, low = torch.nn.functional.pad(high, (0, 1)), torch.nn.functional.pad(low, (0, 1))
@@ -63,6 +67,14 @@ def dot2(a: Tensor, b: Tensor) -> Tensor:
         low = low[0::2] + low[1::2] + ((x - (total - back)) + (y - back))
         high = total
     return (high + low).sum()
+
+
+def exact_product(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """a b = high + low without error, high the rounded product (Dekker)."""
+    high = a * b
+    a1, a2 = _split(a)
+    b1, b2 = _split(b)
+    return high, a2 * b2 - (((high - a1 * b1) - a2 * b1) - a1 * b2)
 
 
 def _split(a: Tensor) -> tuple[Tensor, Tensor]:

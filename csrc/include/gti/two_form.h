@@ -9,14 +9,14 @@ namespace gti {
 struct TwoFormItem {
   DType dtype;
   int64_t count;   // N_t, columns
-  const void* dq;  // [m, count], rows contiguous and `count` apart
-  const void* dp;  // [m, count]
+  const void* dq;  // [batch, m, count], contiguous
+  const void* dp;  // [batch, m, count]
 };
 
-// omega [m, m], bound [m, m]: written; metric [m, m]: written unless nullptr. All fp64, row-major.
-// omega is skew to the bit with a zero diagonal (NaN where row i holds a NaN);
+// omega [batch, m, m], bound [batch, m, m]: written; metric [batch, m, m]: written unless nullptr.
+// All fp64, row-major. omega is skew to the bit with a zero diagonal (NaN where row i holds a NaN);
 // |omega_ij − exact| ≤ bound_ij.
-void two_form(const TwoFormItem* items, int64_t n_items, int64_t m, double* omega, double* bound,
-              double* metric, int threads);
+void two_form(const TwoFormItem* items, int64_t n_items, int64_t batch, int64_t m, double* omega,
+              double* bound, double* metric, int threads);
 
 }  // namespace gti

@@ -1,0 +1,469 @@
+// Inner products between rows, to full precision: what two_form and gram share.
+//
+// Columns are cut into segments, one for a thread at a time, and a segment into panels. The rows of
+// a panel are widened to fp64 once, into a buffer that stays in cache, from as many items as fill
+// it; every tile of 4 x 4 pairs reads them there. Meanwhile the memory of the next panel is
+// fetched.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "simd.h"
+
+namespace gti {
+namespace {
+
+constexpr int kTile = 4;
+constexpr int kArea = kTile * kTile;
+constexpr int kLanes = 8;
+constexpr int64_t kDepth = 2048;  // columns that a lane's sum sees at most, over kLanes
+constexpr int64_t kPanelBytes = 16 * 1024, kLargePanelBytes = 256 * 1024;  // of all rows in fp64
+constexpr int64_t kMinPanel = 64, kMaxPanel = 256;                         // columns
+constexpr int64_t kMaxSegments = 64;
+constexpr int64_t kSegment = 16384;  // columns at least
+constexpr int64_t kCacheLine = 64;
+
+// Running sums of each lane. Products of elements up to fp32 are exact in fp64, so a plain sum has
+// one rounding a term; for fp64 elements the product's and the sum's roundings are kept beside it
+// (Dot2 of Ogita, Rump and Oishi 2005).
+struct Plain {
+  Vec<double, kLanes> sum = {};
+  GTI_INLINE void add(const Vec<double, kLanes>& a, const Vec<double, kLanes>& b) { sum += a * b; }
+  GTI_INLINE void subtract(const Vec<double, kLanes>& a, const Vec<double, kLanes>& b) {
+    sum -= a * b;
+  }
+};
+struct Compensated {
+  Vec<double, kLanes> sum = {}, error = {};
+  GTI_INLINE void add(const Vec<double, kLanes>& a, const Vec<double, kLanes>& b) {
+    Vec<double, kLanes> product = a * b, low;
+    asm("" : "+m"(product));  // rounded: not to be fused into the sum below
+    for (int l = 0; l < kLanes; ++l) low[l] = __builtin_fma(a[l], b[l], -product[l]);
+    const Vec<double, kLanes> total = sum + product, back = total - sum;
+    error += ((sum - (total - back)) + (product - back)) + low;
+    sum = total;
+  }
+  GTI_INLINE void subtract(const Vec<double, kLanes>& a, const Vec<double, kLanes>& b) {
+    add(-a, b);
+  }
+};
+
+// The sum of many lanes: value + error, without rounding of the value.
+struct Pair {
+  double value = 0.0, error = 0.0;
+  GTI_INLINE void add(double x, double e) {
+    const double total = value + x, back = total - value;
+    error += ((value - (total - back)) + (x - back)) + e;
+    value = total;
+  }
+  double rounded() const { return value + error; }
+};
+GTI_INLINE void flush(Plain& s, Pair& out) {
+  out.add(lane_sum<double, kLanes>(s.sum), 0.0);
+  s = {};
+}
+GTI_INLINE void flush(Compensated& s, Pair& out) {
+  for (int l = 0; l < kLanes; ++l) out.add(s.sum[l], s.error[l]);
+  s = {};
+}
+
+// What is summed for a pair of rows: x_i·y_j − y_i·x_j, x_i·x_j + y_i·y_j, or x_i·y_j.
+enum class Form { skew, metric, gram };
+
+// A panel: rows of x and of y in fp64, `stride` numbers apart, from the first of a tile on.
+struct Rows {
+  const double *xi, *yi, *xj, *yj;
+  int64_t stride;
+};
+// Cache lines to fetch during a tile, `each` of them with every step.
+struct Ahead {
+  const char* const* lines;
+  int64_t each;
+};
+
+// Adds n columns, a multiple of kLanes, to the sums of 4 x 4 pairs. kUpper: only those of i < j
+// (skew) or i <= j.
+template <Form kForm, bool kUpper, class Sum>
+GTI_INLINE void tile(const Rows& rows, int64_t n, Ahead ahead, Sum* sums) {
+  using V = Vec<double, kLanes>;
+  constexpr int kFirst = kForm == Form::skew ? 1 : 0;
+  const Rows r = rows;
+  Sum s[kArea];
+#pragma GCC unroll 16
+  for (int e = 0; e < kArea; ++e) s[e] = sums[e];
+  const char* const* line = ahead.lines;
+  for (int64_t c = 0; c < n; c += kLanes) {
+    for (int64_t k = 0; k < ahead.each; ++k) __builtin_prefetch(*line++);
+    V x[kTile], y[kTile];
+#pragma GCC unroll 4
+    for (int i = 0; i < kTile; ++i) {
+      x[i] = load<kLanes>(r.xi + i * r.stride + c);
+      if (kForm != Form::gram) y[i] = load<kLanes>(r.yi + i * r.stride + c);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < kTile; ++j) {
+      const V v = load<kLanes>(r.yj + j * r.stride + c);
+      const V u = kForm == Form::gram ? v : load<kLanes>(r.xj + j * r.stride + c);
+#pragma GCC unroll 4
+      for (int i = 0; i < (kUpper ? j + 1 - kFirst : kTile); ++i) {
+        Sum& to = s[i * kTile + j];
+        if (kForm == Form::metric) {
+          to.add(x[i], u);
+          to.add(y[i], v);
+        } else {
+          to.add(x[i], v);
+          if (kForm == Form::skew) to.subtract(y[i], u);
+        }
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int e = 0; e < kArea; ++e) sums[e] = s[e];
+}
+
+#define GTI_TILE(form, Sum)                                                               \
+  GTI_CLONES void form##_tile(const Rows& r, int64_t n, Ahead ahead, Sum* sums) {         \
+    tile<Form::form, false, Sum>(r, n, ahead, sums);                                      \
+  }                                                                                       \
+  GTI_CLONES void upper_##form##_tile(const Rows& r, int64_t n, Ahead ahead, Sum* sums) { \
+    tile<Form::form, true, Sum>(r, n, ahead, sums);                                       \
+  }
+GTI_TILE(skew, Plain)
+GTI_TILE(metric, Plain)
+GTI_TILE(gram, Plain)
+GTI_TILE(skew, Compensated)
+GTI_TILE(metric, Compensated)
+GTI_TILE(gram, Compensated)
+#undef GTI_TILE
+
+template <class Sum>
+void add_tile(Form form, bool upper, const Rows& r, int64_t n, Ahead ahead, Sum* sums) {
+  using Tile = void(const Rows&, int64_t, Ahead, Sum*);
+  Tile* const tiles[3][2] = {
+      {skew_tile, upper_skew_tile}, {metric_tile, upper_metric_tile}, {gram_tile, upper_gram_tile}};
+  tiles[static_cast<int>(form)][upper](r, n, ahead, sums);
+}
+
+// Lane by lane: GCC makes one instruction of this, and six of __builtin_convertvector.
+template <class V>
+GTI_INLINE Vec<double, kLanes> wide(const V& v) {
+  double lanes[kLanes];
+  for (int l = 0; l < kLanes; ++l) lanes[l] = v[l];
+  return load<kLanes>(lanes);
+}
+
+// to[c] = x[c] in fp64, and squares += Σ_c x[c]², lane by lane.
+template <class T>
+GTI_INLINE void widen_row(const T* x, int64_t n, double* to, double* squares) {
+  using V = Vec<double, kLanes>;
+  V sum = load<kLanes>(squares), other = {};
+  const auto step = [&](const T* from, int64_t c, int64_t lanes, V& sum) GTI_INLINE_LAMBDA {
+    const V v = wide(load<kLanes>(from));
+    std::memcpy(to + c, &v, lanes * sizeof(double));
+    sum += v * v;
+  };
+  int64_t c = 0;
+  for (; c + 2 * kLanes <= n; c += 2 * kLanes) {
+    step(x + c, c, kLanes, sum);
+    step(x + c + kLanes, c + kLanes, kLanes, other);
+  }
+  for (; c < n; c += kLanes) {
+    T last[kLanes] = {};
+    const int64_t rest = std::min<int64_t>(n - c, kLanes);
+    std::memcpy(last, x + c, rest * sizeof(T));
+    step(last, c, rest, sum);
+  }
+  store(squares, sum + other);
+}
+
+// x: [rows, n], rows `count` apart.
+#define GTI_WIDEN(T)                                                                         \
+  GTI_CLONES void widen_rows(const T* x, int64_t count, int64_t rows, int64_t n, double* to, \
+                             int64_t stride, double* squares) {                              \
+    for (int64_t r = 0; r < rows; ++r)                                                       \
+      widen_row(x + r * count, n, to + r * stride, squares + r * kLanes);                    \
+  }
+GTI_WIDEN(double)
+GTI_WIDEN(float)
+GTI_WIDEN(bf16)
+GTI_WIDEN(f16)
+#undef GTI_WIDEN
+
+// Weighted rows of a panel: x ← w x, low = what the rounding of w x lost, squares += Σ |w| x².
+// low = nullptr: the rows stay as they are.
+GTI_CLONES void weigh_rows(double* x, double* low, const double* w, int64_t rows, int64_t n,
+                           int64_t stride, double* squares) {
+  using V = Vec<double, kLanes>;
+  for (int64_t r = 0; r < rows; ++r) {
+    V sum = load<kLanes>(squares + r * kLanes);
+    for (int64_t c = 0; c < n; c += kLanes) {
+      const V weight = load<kLanes>(w + c), v = load<kLanes>(x + r * stride + c);
+      V product = weight * v, rest;
+      asm("" : "+m"(product));  // rounded
+      sum += abs<kLanes>(product * v);
+      if (low == nullptr) continue;
+      for (int l = 0; l < kLanes; ++l) rest[l] = __builtin_fma(weight[l], v[l], -product[l]);
+      store(x + r * stride + c, product);
+      store(low + r * stride + c, rest);
+    }
+    store(squares + r * kLanes, sum);
+  }
+}
+// The part of x_i·y_j that the rounding of w x lost.
+GTI_CLONES void add_low_tile(const double* low, const double* y, int64_t stride, int64_t n,
+                             Compensated* sums) {
+  for (int i = 0; i < kTile; ++i)
+    for (int j = 0; j < kTile; ++j) {
+      Vec<double, kLanes> error = sums[i * kTile + j].error;
+      for (int64_t c = 0; c < n; c += kLanes)
+        error += load<kLanes>(low + i * stride + c) * load<kLanes>(y + j * stride + c);
+      sums[i * kTile + j].error = error;
+    }
+}
+
+// Columns of the two sets of rows: x [rows of x, count], y [rows of y, count], weight [count].
+struct Item {
+  DType dtype;
+  int64_t count;
+  const void *x, *y;
+  DType weight_dtype = DType::f64;
+  const void* weight = nullptr;
+};
+
+int64_t padded(int64_t rows) { return (rows + kTile - 1) / kTile * kTile; }
+
+// All inner products of one problem.
+class InnerProducts {
+ public:
+  // upper: only pairs i <= j. forms: one or two of skew, metric; or gram alone. y = nullptr in
+  // every item: y is x (gram). weighted: x is multiplied by the weights, which every item has.
+  InnerProducts(const Item* items, int64_t n_items, int64_t rows_of_x, int64_t rows_of_y,
+                std::vector<Form> forms, bool upper, bool weighted)
+      : items_(items),
+        x_(rows_of_x),
+        y_(rows_of_y),
+        tiles_of_y_(padded(rows_of_y) / kTile),
+        forms_(std::move(forms)),
+        upper_(upper),
+        weighted_(weighted),
+        first_(n_items + 1, 0) {
+    for (int64_t i = 0; i < n_items; ++i) {
+      first_[i + 1] = first_[i] + items[i].count;
+      compensated_ |= items[i].dtype == DType::f64;
+      compensated_ |= weighted && items[i].weight_dtype == DType::f64;
+    }
+    const int64_t tiles = padded(x_) / kTile;
+    tiles_ = upper_ ? tiles * (tiles + 1) / 2 : tiles * tiles_of_y_;
+    // Fewer segments for many rows, so that their sums stay small beside the inputs.
+    const int64_t rows = std::max<int64_t>(16, std::max(padded(x_), padded(y_)));
+    const int64_t most = std::max<int64_t>(8, kMaxSegments * 16 / rows);
+    segments_ = std::clamp<int64_t>(columns() / kSegment, 1, most);
+  }
+
+  int64_t columns() const { return first_.back(); }
+  int64_t segments() const { return segments_; }
+
+  void run(int threads) {
+    sums_.assign(segments_ * pairs(), {});
+    squares_.assign(segments_ * (x_ + y_), 0.0);
+    if (segments_ == 1) {
+      add_segment(0);
+    } else {
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+      for (int64_t s = 0; s < segments_; ++s) add_segment(s);
+    }
+    for (int64_t s = 1; s < segments_; ++s) {
+      for (int64_t e = 0; e < pairs(); ++e) {
+        const Pair& x = sums_[s * pairs() + e];
+        sums_[e].add(x.value, x.error);
+      }
+      for (int64_t r = 0; r < x_ + y_; ++r) squares_[r] += squares_[s * (x_ + y_) + r];
+    }
+  }
+
+  // Of the f-th form; upper: i <= j.
+  double sum(int64_t f, int64_t i, int64_t j) const {
+    const int64_t at = (f * tiles_ + tile_at(i / kTile, j / kTile)) * kArea;
+    return sums_[at + i % kTile * kTile + j % kTile].rounded();
+  }
+  // Σ |w| x_i² and Σ |w| y_j², and at least the squares that vanished.
+  double square_of_x(int64_t i) const { return squares_[i]; }
+  double square_of_y(int64_t j) const { return squares_[x_ + j]; }
+
+  // |sum(f, i, j) − exact|, where size is at least the sum of the magnitudes of its terms. A lane
+  // adds at most `depth` terms, each with a rounding of u times at most the running sum; sums of
+  // lanes, panels and segments keep their remainders. In compensated sums these are left: chains of
+  // at most `depth` + `flushes` remainders leave (chain · u)² of the size.
+  double bound(double value, double size) const {
+    const double u = 0x1p-53, n = static_cast<double>(columns());
+    const double depth = 2.0 * (kDepth / kLanes + 1) + 3;
+    const double flushes = n / (kDepth / 2 / kLanes) + kLanes + kMaxSegments;
+    const double vanished = 8 * (n + kLanes) * std::numeric_limits<double>::denorm_min();
+    size = (size + vanished) * (1 + 4 * (n + depth) * u);
+    const double chain = (depth + flushes) * u;
+    return u * std::abs(value) + (compensated_ ? 0.0 : depth * u * size) +
+           8 * chain * chain * size + vanished;
+  }
+  // √(a b) of two sums of squares, no less for squares that vanished.
+  double size(double a, double b) const {
+    const double vanished =
+        static_cast<double>(columns()) * std::numeric_limits<double>::denorm_min();
+    return std::sqrt(a + vanished) * std::sqrt(b + vanished);
+  }
+
+ private:
+  int64_t pairs() const { return static_cast<int64_t>(forms_.size()) * tiles_ * kArea; }
+  int64_t tile_at(int64_t ti, int64_t tj) const {
+    return upper_ ? ti * tiles_of_y_ - ti * (ti - 1) / 2 + tj - ti : ti * tiles_of_y_ + tj;
+  }
+  bool y_is_x() const { return items_[0].y == nullptr && !weighted_; }
+
+  void add_segment(int64_t s) {
+    if (compensated_)
+      add_columns<Compensated>(s);
+    else
+      add_columns<Plain>(s);
+  }
+
+  template <class Sum>
+  void add_columns(int64_t s) {
+    const int64_t begin = columns() / segments_ * s + std::min(s, columns() % segments_);
+    const int64_t end = begin + columns() / segments_ + (s < columns() % segments_);
+    const int64_t px = padded(x_), py = padded(y_), rows = px + (y_is_x() ? 0 : py);
+    // Columns of all rows that the first cache holds, or else, for many rows, the second.
+    const auto fitting = [&](int64_t bytes) {
+      return std::min(bytes / (rows * int64_t{sizeof(double)}) / kLanes * kLanes, kMaxPanel);
+    };
+    int64_t panel = fitting(kPanelBytes);
+    if (panel < kMinPanel) panel = std::max(fitting(kLargePanelBytes), kMinPanel);
+    panel = std::min(panel, (end - begin + kLanes - 1) / kLanes * kLanes);
+    const int64_t stride = panel + kLanes;  // no power of two: rows would share cache sets
+    const int64_t n_sums = static_cast<int64_t>(forms_.size()) * tiles_ * kArea;
+    const int64_t low_rows = weighted_ ? px : 0;
+
+    Buffer<double> memory((rows + low_rows + weighted_) * stride + 2 * (px + py) * kLanes +
+                          n_sums * static_cast<int64_t>(sizeof(Sum) / sizeof(double)));
+    Sum* sums = reinterpret_cast<Sum*>(memory.data());
+    double* squares = memory.data() + n_sums * (sizeof(Sum) / sizeof(double));
+    double* unweighted = weighted_ ? squares + (px + py) * kLanes : squares;
+    double* x = squares + 2 * (px + py) * kLanes;
+    double* y = y_is_x() ? x : x + px * stride;
+    double* low = x + rows * stride;
+    double* weight = low + low_rows * stride;
+
+    const int64_t steps = static_cast<int64_t>(forms_.size()) * tiles_ * (panel / kLanes);
+    std::vector<const char*> lines;
+    Pair* out = sums_.data() + s * pairs();
+    int64_t since = 0;  // columns since the lanes' sums were last added up
+    int64_t i = std::upper_bound(first_.begin(), first_.end(), begin) - first_.begin() - 1;
+    for (int64_t at = begin; at < end;) {
+      int64_t n = 0;
+      for (; n < panel && at < end; i += at == first_[i + 1]) {
+        const Item& item = items_[i];
+        const int64_t offset = at - first_[i];
+        const int64_t count = std::min({panel - n, end - at, first_[i + 1] - at});
+        with_dtype(item.dtype, [&](auto* tag) {
+          using T = std::remove_pointer_t<decltype(tag)>;
+          const T* from = static_cast<const T*>(item.x) + offset;
+          widen_rows(from, item.count, x_, count, x + n, stride, unweighted);
+          if (y != x) {
+            if (item.y != nullptr) from = static_cast<const T*>(item.y) + offset;
+            widen_rows(from, item.count, y_, count, y + n, stride, unweighted + px * kLanes);
+          }
+        });
+        if (weighted_)
+          with_dtype(item.weight_dtype, [&](auto* tag) {
+            using T = std::remove_pointer_t<decltype(tag)>;
+            const T* from = static_cast<const T*>(item.weight) + offset;
+            double ignored[kLanes] = {};
+            widen_rows(from, item.count, 1, count, weight + n, stride, ignored);
+          });
+        n += count;
+        at += count;
+      }
+      for (; n % kLanes != 0; ++n) {
+        for (int64_t r = 0; r < px; ++r) x[r * stride + n] = 0.0;
+        for (int64_t r = 0; r < py; ++r) y[r * stride + n] = 0.0;
+        if (weighted_) weight[n] = 0.0;
+      }
+      if (weighted_) {
+        weigh_rows(x, low, weight, x_, n, stride, squares);
+        weigh_rows(y, nullptr, weight, y_, n, stride, squares + px * kLanes);
+      }
+      int64_t each = 0;
+      if (at < end && first_[i + 1] - at >= panel) {
+        if (lines.empty()) lines.resize((x_ + y_) * panel / kLanes + steps);
+        each = (lines_of(items_[i], at - first_[i], panel, lines.data()) + steps - 1) / steps;
+      }
+      add_panel(x, y, low, stride, n, Ahead{lines.data(), each}, sums);
+      since += n;
+      if (since + panel > kDepth || at == end) {
+        for (int64_t e = 0; e < n_sums; ++e) flush(sums[e], out[e]);
+        since = 0;
+      }
+    }
+    for (int64_t r = 0; r < x_ + y_; ++r) {
+      const int64_t from = r < x_ || y == x ? r % x_ : px + r - x_;
+      squares_[s * (x_ + y_) + r] = lane_sum<double, kLanes>(load<kLanes>(squares + from * kLanes));
+    }
+  }
+
+  template <class Sum>
+  void add_panel(const double* x, const double* y, const double* low, int64_t stride, int64_t n,
+                 Ahead ahead, Sum* sums) const {
+    const int64_t tiles = padded(x_) / kTile, height = kTile * stride;
+    for (size_t f = 0; f < forms_.size(); ++f)
+      for (int64_t ti = 0; ti < tiles; ++ti)
+        for (int64_t tj = upper_ ? ti : 0; tj < tiles_of_y_; ++tj, sums += kArea) {
+          const Rows r{x + ti * height, y + ti * height, x + tj * height, y + tj * height, stride};
+          add_tile(forms_[f], upper_ && ti == tj, r, n, ahead, sums);
+          ahead.lines += ahead.each * (n / kLanes);
+          if constexpr (std::is_same_v<Sum, Compensated>)
+            if (weighted_) add_low_tile(low + ti * height, r.yj, stride, n, sums);
+        }
+  }
+
+  // Writes the cache lines of n columns from `offset` on to `lines`; returns how many.
+  int64_t lines_of(const Item& item, int64_t offset, int64_t n, const char** lines) const {
+    const int64_t size = item.dtype == DType::f64 ? 8 : item.dtype == DType::f32 ? 4 : 2;
+    const char** line = lines;
+    for (const auto& [start, rows] : {std::pair(item.x, x_), std::pair(item.y, y_)})
+      for (int64_t r = 0; start != nullptr && r < rows; ++r) {
+        // A row's first line came with the panel before, unless it begins there.
+        const char* from = static_cast<const char*>(start) + (r * item.count + offset) * size;
+        for (int64_t b = kCacheLine - 1; b < n * size; b += kCacheLine) *line++ = from + b;
+      }
+    return line - lines;
+  }
+
+  const Item* items_;
+  int64_t x_, y_, tiles_of_y_, tiles_ = 0, segments_ = 1;
+  std::vector<Form> forms_;
+  bool upper_, weighted_, compensated_ = false;
+  std::vector<int64_t> first_;   // number of the first column of each item
+  std::vector<Pair> sums_;       // [segments, forms, tiles, kArea]
+  std::vector<double> squares_;  // [segments, rows of x and y]
+};
+
+// f(b, threads) for every problem of a batch: large ones one after the other, small ones at once.
+template <class F>
+void for_each_problem(int64_t batch, int64_t columns, int threads, F&& f) {
+  if (batch == 1 || columns >= 2 * kSegment) {
+    for (int64_t b = 0; b < batch; ++b) f(b, threads);
+    return;
+  }
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+  for (int64_t b = 0; b < batch; ++b) f(b, 1);
+}
+
+// The b-th of a batch of arrays of `size` numbers each.
+inline const void* at_batch(const void* x, DType dtype, int64_t size, int64_t b) {
+  const int64_t bytes = dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2;
+  return x == nullptr ? nullptr : static_cast<const char*>(x) + b * size * bytes;
+}
+
+}  // namespace
+}  // namespace gti

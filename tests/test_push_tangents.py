@@ -1,0 +1,310 @@
+"""Tangents through several steps: dense Jacobians, closed forms, models of every kind."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from probe_systems import cnn_system, quadratic_system, reference_step, value
+from torch import Tensor, nn
+
+import gti_kernels as gti
+from gti_kernels.probes import push_tangents as module
+from gti_kernels.probes.hamiltonian_system import HamiltonianSystem
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """The models here are so small that more threads would only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def flat(tensors: list[Tensor]) -> Tensor:
+    return torch.cat([t.flatten(1) for t in tensors], dim=1)
+
+
+def unit_tangents(n: int) -> tuple[Tensor, Tensor]:
+    """The 2n unit vectors of phase space."""
+    return torch.eye(2 * n, n).double(), torch.eye(2 * n, n).double().roll(n, 0)
+
+
+def perceptron(middle: nn.Module, **options) -> HamiltonianSystem:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), middle, nn.Linear(4, 2)).double()
+    batches = [(torch.randn(9, 3).double(), torch.randn(9, 2).double()) for _ in range(2)]
+    return HamiltonianSystem(model, F.mse_loss, batches, temperature=0.1, **options)
+
+
+def batch_norm_system(regime: str) -> HamiltonianSystem:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)
+    ).double()
+    batch = torch.randn(9, 3).double(), torch.randn(9, 2).double()
+    return HamiltonianSystem(
+        model, F.mse_loss, [batch], inv_mass=1.0, regime=regime, temperature=0.1
+    )
+
+
+# ---- dense Jacobians -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("regime", ["batch", "running", "frozen"])
+def test_three_steps_are_the_dense_jacobian(regime):
+    system, dt = batch_norm_system(regime), 0.2
+    (x, y), n = system.batches[0], system.size
+    with system.session():
+        z = system.start()
+    statistics = z.b["1.running_mean"], z.b["1.running_var"]
+    start = torch.cat([v.flatten() for v in [*z.q, *z.p, *statistics]])
+
+    def three(v: Tensor) -> Tensor:
+        for _ in range(3):
+            v = reference_step(v, statistics, x, y, dt, regime)
+        return v[: 2 * n]
+
+    jacobian = torch.autograd.functional.jacobian(three, start)[:, : 2 * n]
+    pushed = gti.push_tangents(system, *unit_tangents(n), dt, 3)
+    assert pushed.method == "forward over reverse" and pushed.kinks == ()
+    torch.testing.assert_close(
+        torch.cat([flat(pushed.dq), flat(pushed.dp)], 1), jacobian.T, rtol=1e-12, atol=1e-12
+    )
+
+
+def dense(system: HamiltonianSystem, dt: float, steps: int) -> Tensor:
+    """DΦ by autograd through the steps written out, without the package's step map."""
+    sizes = [q.numel() for q in system.q]
+    with system.session():
+        z = system.start(torch.float64)
+
+        def shaped(v: Tensor) -> list[Tensor]:
+            return [x.reshape(q.shape) for x, q in zip(v.split(sizes), system.q)]
+
+        def force(q: Tensor, t: int) -> Tensor:
+            own = q + 0.0
+            loss = system.loss(shaped(own), z.b, t)
+            return torch.autograd.grad(loss, own, create_graph=True)[0]
+
+        mass = torch.tensor(system.inv_mass, dtype=torch.float64)
+        mass = mass.repeat_interleave(torch.tensor(sizes))
+
+        def steps_of(v: Tensor) -> Tensor:
+            q, p = v.chunk(2)
+            for t in range(steps):
+                p = p - dt / 2 * force(q, t)
+                q = q + dt * mass * p
+                p = p - dt / 2 * force(q, t)
+            return torch.cat([q, p])
+
+        start = torch.cat([v.flatten() for v in [*z.q, *z.p]])
+        return torch.autograd.functional.jacobian(steps_of, start)
+
+
+@pytest.mark.parametrize("middle", [nn.Tanh(), nn.Dropout(0.4), nn.ReLU(), nn.GroupNorm(2, 4)])
+def test_models_of_many_kinds_are_the_dense_jacobian(middle):
+    """Dropout: the mask of a step is the same in both half kicks and for every tangent."""
+    system = perceptron(middle)
+    pushed = gti.push_tangents(system, *unit_tangents(system.size), 0.3, 3, chunk=7)
+    got = torch.cat([flat(pushed.dq), flat(pushed.dp)], 1)
+    torch.testing.assert_close(got, dense(system, 0.3, 3).T, rtol=1e-12, atol=1e-12)
+
+
+def test_a_symplectic_map_keeps_all_volume_and_damping_takes_its_share():
+    for damping in (0.0, 0.7):
+        system = perceptron(nn.Tanh(), damping=damping)
+        before = unit_tangents(system.size)
+        pushed = gti.push_tangents(system, *before, 0.3, 3)
+        change = gti.volume_change(before, (flat(pushed.dq), flat(pushed.dp)))
+        assert float(change) == pytest.approx(-damping * 3 * 0.3 * system.size, abs=1e-10)
+
+
+def test_volume_of_dependent_and_of_undefined_tangents():
+    q = torch.eye(2, 4)
+    assert float(gti.volume_change((q, q), (3 * q, 3 * q))) == pytest.approx(2 * math.log(3))
+    assert float(gti.volume_change((q, q), (q[:1].expand(2, 4), q[:1].expand(2, 4)))) == -math.inf
+    assert gti.volume_change((q, q), (q * math.nan, q)).isnan()
+
+
+def test_omega_of_a_damped_quadratic_decays_exponentially():
+    system = quadratic_system(damping=0.8)
+    generator = torch.Generator().manual_seed(0)
+    dq, dp = (torch.randn(4, 5, generator=generator, dtype=torch.float64) for _ in range(2))
+    before = gti.two_form(dq, dp).omega
+    pushed = gti.push_tangents(system, dq, dp, 0.2, 10)
+    after = gti.two_form(pushed.dq, pushed.dp).omega
+    assert float((after - math.exp(-0.8 * 2.0) * before).abs().max()) <= 1e-12
+    assert float(before.abs().max()) > 0.5
+
+
+# ---- chunks, memory, fallbacks -------------------------------------------------------------------
+
+
+def test_any_chunk_gives_the_same_tangents():
+    system = cnn_system("running")
+    dq, dp = gti.darboux_pairs(system, 2)
+    results = [gti.push_tangents(system, dq, dp, 0.05, 2, chunk=c) for c in (1, 3, 4, None)]
+    assert [r.chunk for r in results] == [1, 3, 4, 4]
+    for r in results[1:]:
+        for a, b in zip(r.dq + r.dp, results[0].dq + results[0].dp):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_the_memory_budget_sets_the_chunk():
+    system = cnn_system("group")
+    with system.session():
+        z = system.start(torch.float64)
+        one = 2**24 / module.chunk_of(system, z, 2**24)
+        assert module.chunk_of(system, z, 2**26) == pytest.approx(2**26 / one, rel=0.1)
+        assert module.chunk_of(system, z, 1) == 1
+    activations = 16 * 4 * 8 * 8 * 8  # one layer's output of one batch, in bytes
+    assert one > 4 * activations
+    pairs = gti.darboux_pairs(system, 2)
+    assert gti.push_tangents(system, *pairs, 0.05, 1, memory=int(2.5 * one)).chunk == 2
+
+
+class Sine(torch.autograd.Function):
+    """Not for torch.func: no setup_context, no jvp."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return g * x.cos()
+
+
+class SineOnce(Sine):
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, g):
+        (x,) = ctx.saved_tensors
+        return g * x.cos()
+
+
+class Apply(nn.Module):
+    def __init__(self, function) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+def test_without_a_forward_rule_two_backward_passes():
+    exact, system = perceptron(Apply(torch.sin)), perceptron(Apply(Sine.apply))
+    dq, dp = gti.darboux_pairs(system, 3)
+    with pytest.warns(UserWarning, match="two backward passes") as warned:
+        pushed = gti.push_tangents(system, dq, dp, 0.2, 3)
+    assert len([w for w in warned if "backward" in str(w.message)]) == 1
+    assert pushed.method == "double backward"
+    expected = gti.push_tangents(exact, dq, dp, 0.2, 3)
+    for a, b in zip(pushed.dq + pushed.dp, expected.dq + expected.dp):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_two_backward_passes_follow_the_running_statistics():
+    def system(function) -> HamiltonianSystem:
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Linear(3, 4), nn.BatchNorm1d(4), Apply(function), nn.Linear(4, 2)
+        ).double()
+        batch = torch.randn(9, 3).double(), torch.randn(9, 2).double()
+        return HamiltonianSystem(model, F.mse_loss, [batch], regime="running", temperature=0.1)
+
+    dq, dp = gti.darboux_pairs(system(torch.sin), 3)
+    expected = gti.push_tangents(system(torch.sin), dq, dp, 0.2, 3)
+    with pytest.warns(UserWarning, match="two backward passes"):
+        pushed = gti.push_tangents(system(Sine.apply), dq, dp, 0.2, 3)
+    for a, b in zip(pushed.dq + pushed.dp, expected.dq + expected.dp):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
+
+
+def test_an_op_without_a_second_derivative_is_refused_by_name():
+    system = perceptron(Apply(SineOnce.apply))
+    dq, dp = gti.darboux_pairs(system, 1)
+    with pytest.raises(RuntimeError, match="SineOnceBackward"):
+        gti.push_tangents(system, dq, dp, 0.2, 1)
+
+
+# ---- central differences -------------------------------------------------------------------------
+
+
+def test_differences_pick_their_increment():
+    system = perceptron(nn.Tanh())
+    dq, dp = gti.darboux_pairs(system, 3)
+    exact = gti.push_tangents(system, dq, dp, 0.3, 3)
+    got = gti.push_tangents(system, dq, dp, 0.3, 3, "fd")
+    assert got.method == "central differences" and got.increment in module.SWEEP
+    assert got.kinks == ()
+    error = max(
+        float((a - b).abs().max())
+        for a, b in zip(got.dq + got.dp, exact.dq + exact.dp, strict=True)
+    )
+    assert error < 1e-8
+
+
+class Kinked(nn.Module):
+    """½‖w‖² + max(0, w_1 − 1), where w begins at the kink."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(3, dtype=torch.float64))
+
+    def forward(self, _x: Tensor) -> Tensor:
+        return 0.5 * self.w.square().sum() + torch.relu(self.w[1] - 1.0)
+
+
+def test_differences_report_kinks():
+    batches = [(torch.zeros(1), torch.zeros(()))]
+    system = HamiltonianSystem(Kinked(), value, batches, temperature=0.1)
+    got = gti.push_tangents(system, *unit_tangents(3), 0.3, 1, "fd")
+    exact = gti.push_tangents(system, *unit_tangents(3), 0.3, 1)
+    errors = (flat(got.dq) - flat(exact.dq)).abs().amax(1)
+    assert got.kinks == (1,) and exact.kinks == ()
+    assert bool(errors[1] > 1e-2) and bool((errors[[0, 2, 3, 4, 5]] < 1e-8).all())
+    omega = gti.omega_invariance(system, 0.3, 1, pairs=3, tangents="fd")
+    assert omega.kinks > 0 and gti.omega_invariance(system, 0.3, 1, pairs=3).kinks == 0
+
+
+# ---- what is borrowed, what is refused -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["jvp", "fd"])
+def test_arguments_and_model_are_left_as_they_were(method):
+    system = cnn_system("batch")
+    dq, dp = gti.darboux_pairs(system, 1)
+    before = [x.clone() for x in [*dq, *dp, *system.model.state_dict().values()]]
+    random = torch.get_rng_state()
+    gti.push_tangents(system, dq, dp, 0.05, 1, method)
+    after = [*dq, *dp, *system.model.state_dict().values()]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert torch.equal(random, torch.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    ("dq", "dp", "options", "error", "words"),
+    [
+        (torch.ones(2, 4), torch.ones(2, 5), {}, ValueError, r"dq: expected \[m, N\].*N = 5"),
+        (torch.ones(0, 5), torch.ones(0, 5), {}, ValueError, "m >= 1"),
+        (torch.ones(2, 5), torch.ones(3, 5), {}, ValueError, "dp: expected as many tangents"),
+        ([torch.ones(2, 5)] * 2, torch.ones(2, 5), {}, ValueError, "dq: expected one tensor"),
+        ([torch.ones(2, 4)], [torch.ones(2, 5)], {}, ValueError, r"dq\[0\]: expected \[m, 5\]"),
+        ([torch.ones(2, 5).int()], torch.ones(2, 5), {}, TypeError, r"dq\[0\].*int32"),
+        (torch.ones(2, 5), torch.ones(2, 5), {"method": "exact"}, ValueError, "method"),
+        (torch.ones(2, 5), torch.ones(2, 5), {"chunk": 0}, ValueError, "chunk"),
+        (torch.ones(2, 5), torch.ones(2, 5), {"memory": 0}, ValueError, "memory"),
+        (torch.ones(2, 5), torch.ones(2, 5), {"steps": 0}, ValueError, "steps"),
+        (torch.ones(2, 5), torch.ones(2, 5), {"dt": math.nan}, ValueError, "dt"),
+    ],
+)
+def test_bad_arguments(dq, dp, options, error, words):
+    with pytest.raises(error, match=words):
+        gti.push_tangents(quadratic_system(), dq, dp, **{"dt": 0.1, "steps": 1, **options})
