@@ -2,12 +2,12 @@
 
 Three families, each a plain function on tensors: singular values of many weights
 (`power_iteration`, `top_singular_values`) and of operators (`power_iteration_operator`), in-place
-symplectic steps (`kick_`, `drift_`, `kick_drift_`, `kinetic_energy`, `leapfrog_`) and the
-symplectic 2-form (`two_form`; with it inner products, `gram`). On top of them spectral
-regularisation (`nn.spectral_norm`, `SpectralPenalty`), the probes and the certificate
-(`HamiltonianSystem`, `round_trip`, `omega_invariance`, `push_tangents`, `energy_drift`, `certify`)
-and the optimizers (`optim.Leapfrog`, `optim.BAOAB`, with `DriftRecorder`), which step a
-`PhaseSpace`. `explain`, `available` and `build_info` tell what runs where.
+symplectic steps (`kick_`, `drift_`, `kick_drift_`, `kinetic_energy`, `leapfrog_`; as a plan with
+exact reversal, `PhaseSpace`) and the symplectic 2-form (`two_form`; with it inner products,
+`gram`). On top of them spectral regularisation (`nn.spectral_norm`, `SpectralPenalty`), the probes
+and the certificate (`HamiltonianSystem`, `round_trip`, `omega_invariance`, `push_tangents`,
+`energy_drift`, `certify`), and optimizers (`optim.Leapfrog`, `optim.BAOAB`, with `DriftRecorder`).
+`explain`, `available` and `build_info` tell what runs where.
 """
 
 __version__ = "0.1.0"

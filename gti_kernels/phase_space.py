@@ -493,7 +493,8 @@ class _Floats:
             else:
                 drift_(q, p, drift, **options)
             return torch.zeros((), dtype=torch.float64, device=self.space.device)
-        return reference.phase_step(q, p, grads, self.mass, kicks, drifts, kick, damp, drift, key)
+        kernels = _kernels(self.space)
+        return kernels.phase_step(q, p, grads, self.mass, kicks, drifts, kick, damp, drift, key)
 
     def scale_(self, factor: Any) -> None:
         if self.p:
@@ -670,7 +671,7 @@ class _Grid:
                 space.check_layouts(op)
                 grads = [None] * len(space.params)
             if self.plan is None:
-                checksum, inside, energy = reference.grid_step(
+                checksum, inside, energy = _kernels(space).grid_step(
                     space.params,
                     self.rest_q,
                     self.Q,
@@ -761,6 +762,17 @@ def _compiled(space: PhaseSpace) -> bool:
         and space.backend in ("auto", "cpu")
         and all(_is_dense(q) for q in space.params)
     )
+
+
+def _kernels(space: PhaseSpace) -> Any:
+    """Where there is no compiled plan: the module of the functions phase_step and grid_step."""
+    chosen = backends.choose("kick_drift_", space.device, space.backend, {})
+    dense = all(_is_dense(q) for q in space.params)
+    if dense and chosen in ("triton", "cuda") and backends.available()["triton"] is None:
+        from .triton_kernels import phase_space as triton
+
+        return triton
+    return reference
 
 
 def _is_dense(q: Tensor) -> bool:

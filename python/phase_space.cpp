@@ -47,18 +47,17 @@ class Plan {
           view.data != owned_views_[i].data || view.bytes != owned_views_[i].bytes)
         return false;
     if (PyList_GET_SIZE(params_.ptr()) != static_cast<Py_ssize_t>(size())) return false;
-    bool moved = false;
     for (size_t i = 0; i < size(); ++i) {
       PyObject* param = PyList_GET_ITEM(params_.ptr(), i);
-      const View known = views_[i];
-      if (!plain_view_of(param, views_[i]) || views_[i].dtype != known.dtype ||
-          !has_shape(views_[i], shapes_[i]))
+      if (!plain_view_of(param, view) || view.dtype != views_[i].dtype ||
+          !has_shape(view, shapes_[i]))
         return false;
-      if (views_[i].data == known.data) continue;
-      if (!view_of(param, views_[i])) return false;
-      moved = true;
+      if (view.data == views_[i].data) continue;
+      if (!view_of(param, view)) return false;
+      views_[i].data = view.data;
+      moved_ = true;  // until the ranges are those of all views
     }
-    if (moved) fill_written();
+    if (moved_) fill_written();
     if (overlap_) return false;
     if (!kicks) return true;
     const bool given = !grads.is_none();
@@ -102,7 +101,7 @@ class Plan {
       for (const View& v : *views)
         if (v.count) written_.emplace_back(v.data, v.data + v.bytes);
     std::sort(written_.begin(), written_.end());
-    overlap_ = false;
+    moved_ = overlap_ = false;
     for (size_t i = 1; i < written_.size(); ++i)
       overlap_ |= written_[i].first < written_[i - 1].second;
   }
@@ -118,7 +117,7 @@ class Plan {
   std::vector<std::vector<int64_t>> shapes_;
   std::vector<const void*> grads_;
   std::vector<Range> written_;
-  bool overlap_ = false;
+  bool moved_ = false, overlap_ = false;
 };
 
 template <class Item, class F>

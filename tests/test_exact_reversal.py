@@ -150,6 +150,7 @@ def test_a_hundred_thousand_steps_on_a_quadratic():
 
 def cnn_walk(steps):
     """A damped walk of a CNN under an energy cap, as an optimizer takes it; and its way back."""
+    torch.set_num_threads(1)  # small work
     torch.manual_seed(0)
     model = SimpleCNN(1, 10, norm="group", width=8)
     x, y = torch.randn(8, 1, 8, 8), torch.arange(8)
@@ -170,7 +171,7 @@ def cnn_walk(steps):
         loss = backward()
         energy = loss + space.kick_drift_(h, h, damp=damp)
         cap = energy if cap is None else cap
-        limit = (0.99 - 0.003 * t) * cap  # falls faster than damping takes energy
+        limit = (0.99 - 0.3 * min(t, 100) / 100) * cap  # falls for a while
         if energy > limit:
             kinetic = space.kinetic_energy()
             factor = ((limit - loss).clamp(min=1e-12) / kinetic.clamp(min=1e-12)).sqrt()
@@ -226,6 +227,7 @@ def test_leapfrog_starts_anew_where_somebody_wrote():
 
 
 def test_round_trip_is_exactly_zero_without_hidden_state():
+    torch.set_num_threads(1)
     batches = [(torch.randn(8, 1, 8, 8), torch.arange(8)) for _ in range(3)]
     for norm, regime in (("group", "batch"), ("batch", "frozen")):
         torch.manual_seed(1)

@@ -19,7 +19,7 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-OPS = ["ragged", "leapfrog", "kinetic_energy", "two_form", "power_iteration"]
+OPS = ["ragged", "leapfrog", "phase_space", "kinetic_energy", "two_form", "power_iteration"]
 ARCHITECTURES = [80, 90, 100]
 
 
@@ -127,6 +127,17 @@ def test_scalars_arrive_in_fp64(compiled: list[Compiled]) -> None:
         if c.kernel == "leapfrog_kernel":
             parameters = c.ptx[: c.ptx.index("{")]
             assert len(re.findall(r"\.param \.f64", parameters)) == 3, str(c)
+
+
+def test_the_grid_is_not_contracted(compiled: list[Compiled]) -> None:
+    """A product that the next sum swallows would differ from the other backends in its last bit."""
+    seen = {c.kernel for c in compiled if c.kernel in ("grid_kernel", "phase_kernel")}
+    assert seen == {"grid_kernel", "phase_kernel"}
+    for c in compiled:
+        if c.kernel in seen:
+            assert not re.search(r"\bfma\.", c.ptx), str(c)
+            # ptxas contracts what is not marked as rounded.
+            assert not re.search(r"\b(mul|add|sub)\.f(32|64)\b", c.ptx), str(c)
 
 
 def test_aligned_blocks_are_read_in_16_byte_pieces(compiled: list[Compiled]) -> None:

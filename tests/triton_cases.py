@@ -32,10 +32,11 @@ import gti_kernels  # noqa: E402
 from gti_kernels import testing  # noqa: E402
 from gti_kernels.reference import kinetic_energy as ref_energy  # noqa: E402
 from gti_kernels.reference import leapfrog as ref_leapfrog  # noqa: E402
+from gti_kernels.reference import phase_space as ref_phase  # noqa: E402
 from gti_kernels.reference import power_iteration as ref_power  # noqa: E402
 from gti_kernels.reference import two_form as ref_form  # noqa: E402
 from gti_kernels.triton_kernels import kinetic_energy as energy  # noqa: E402
-from gti_kernels.triton_kernels import leapfrog, power_iteration, two_form  # noqa: E402
+from gti_kernels.triton_kernels import leapfrog, phase_space, power_iteration, two_form  # noqa: E402
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 BLOCK = leapfrog.BLOCK
@@ -165,6 +166,102 @@ def test_energy_of_many_blocks_twice() -> None:
     assert torch.equal(total, fixed_sum(x.clone()))
     p = normals([5 * energy.BLOCK + 1, 3], [torch.float32], 0)
     assert torch.equal(energy.kinetic_energy(p, [0.3, 2.0]), energy.kinetic_energy(p, [0.3, 2.0]))
+
+
+# --- phase_space: the same bits as the reference --------------------------------------------------
+
+PHASE_SIZES = [1, 0, 7, phase_space.BLOCK, phase_space.BLOCK + 5]
+
+
+def same_bits(xs: list[Tensor], ys: list[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(xs, ys, strict=True))
+
+
+@pytest.mark.parametrize("mass, numbers", [("numbers", "host"), ("tensors", "device")])
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_phase_step_bits(dtype: torch.dtype, wide: torch.dtype, mass: str, numbers: str) -> None:
+    q, g = (normals(PHASE_SIZES, [dtype], seed) for seed in (0, 2))
+    p, w = (normals(PHASE_SIZES, [wide], seed) for seed in (1, 3))
+    grads: list[Tensor | None] = [None if i == 2 else x for i, x in enumerate(g)]
+    inv_mass = [0.1 + 0.3 * i for i in range(len(q))] if mass == "numbers" else w
+    runs = []
+    for module in (ref_phase, phase_space):
+        a, b = copies(q), copies(p)
+        factors = [0.1, 0.9, 0.01]
+        if numbers == "device":
+            factors = [torch.tensor(x, dtype=torch.float64, device=DEVICE) for x in factors]
+        energy = module.phase_step(a, b, grads, inv_mass, True, True, *factors, 2**64 - 12345)
+        module.phase_step(a, b, grads, inv_mass, False, True, 0.0, 1.0, 0.03, 77)
+        none = module.phase_step(a, b, grads, inv_mass, True, False, 0.3, 0.7, 0.0, 77)
+        assert float(none) == 0.0
+        runs.append((a, b, float(energy)))
+    assert same_bits(runs[0][0], runs[1][0])
+    if INTERPRETING or dtype.itemsize != 2:  # a 0-d tensor may be rounded to fp32 by torch
+        assert same_bits(runs[0][1], runs[1][1])
+    assert math.isclose(runs[0][2], runs[1][2], rel_tol=1e-12)
+
+
+@pytest.mark.parametrize("mass", ["numbers", "tensors"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_grid_step_bits(dtype: torch.dtype, mass: str) -> None:
+    q, g, r = (normals(PHASE_SIZES, [dtype], seed) for seed in range(3))
+    draw = torch.Generator().manual_seed(5)
+    P, Q = (
+        [torch.randint(-(2**n), 2**n, x.shape, generator=draw).to(DEVICE) for x in q]
+        for n in (61, 54)
+    )
+    w = normals(PHASE_SIZES, [torch.float64], 3)
+    rest: list[Tensor | None] = [None if i == 3 else x for i, x in enumerate(r)]
+    grads: list[Tensor | None] = [None if i == 2 else x for i, x in enumerate(g)]
+    inv_mass = [0.1 + 0.3 * i for i in range(len(q))] if mass == "numbers" else w
+    units = [2.0 ** (-48 + i) for i in range(len(q))], [2.0**-40] * len(q)
+    runs = []
+    for module in (ref_phase, phase_space):
+        a, b, c = copies(q), copies(Q), copies(P)
+
+        def step(*numbers: float, grads: list[Tensor | None] = grads) -> tuple[int, bool, float]:
+            results = module.grid_step(a, rest, b, c, grads, inv_mass, *units, *numbers)
+            return int(results[0]), bool(results[1]), float(results[2])
+
+        told = [step(True, True, False, 0.1, 1e-7, 0.5), step(True, False, False, 0.2, 0.0, 0.5)]
+        mid = [*copies(a), *copies(b), *copies(c)]
+        told += [step(True, False, True, 0.2, 0.0, 0.5), step(False, True, True, 0.0, 1e-7, 0.5)]
+        told += [step(True, False, True, 0.1, 0.0, 0.5)]
+        assert same_bits([*b, *c], [*Q, *P])  # every bit has come back
+        assert all(inside for _, inside, _ in told)
+        for bad in (math.nan, 1e30 if dtype.itemsize > 2 else math.inf):
+            broken = [None if x is None else x.clone() for x in grads]
+            broken[-1][-1] = bad
+            for back in (False, True):
+                assert not step(True, True, back, 0.1, 1e-7, 0.5, grads=broken)[1]
+                step(False, True, not back, 0.0, 1e-7, 0.5)
+                step(True, False, not back, 0.1, 0.0, 0.5, grads=broken)
+            assert same_bits([*b, *c], [*Q, *P])
+        c[-1][-1] = 2**62 - 1  # a coordinate leaves, no increment
+        edge = [None if x is None else torch.full_like(x, -1e-3) for x in grads]
+        assert not step(True, False, False, 0.1, 0.0, 0.5, grads=edge)[1]
+        runs.append((mid, told))
+    assert same_bits(runs[0][0], runs[1][0])
+    for (sum_a, _, k_a), (sum_b, _, k_b) in zip(runs[0][1], runs[1][1], strict=True):
+        assert sum_a == sum_b and math.isclose(k_a, k_b, rel_tol=1e-9)
+    assert runs[0][1][0][0] == runs[0][1][4][0] != 0
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_phase_space_runs_on_triton(exact: bool) -> None:
+    runs = []
+    for backend in ("triton", "reference"):
+        q = [normal(n, torch.bfloat16, n) for n in (40, 1025)]
+        start = copies(q)
+        space = gti_kernels.PhaseSpace(q, momentum="gaussian", exact=exact, backend=backend)
+        walk = {"steps": 2, "damping": 0.1}
+        space.leapfrog_(lambda q: [torch.sin(x) for x in q], 0.1, **walk)
+        runs.append([*copies(q), *space.momenta])
+        if exact:
+            space.leapfrog_(lambda q: [torch.sin(x) for x in q], -0.1, **walk)
+            assert same_bits(q, start)
+    assert same_bits(*runs)
 
 
 # --- two_form -------------------------------------------------------------------------------------

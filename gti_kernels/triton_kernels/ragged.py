@@ -22,6 +22,7 @@ TRITON_DTYPE = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
+    torch.int64: tl.int64,
 }
 
 
