@@ -134,31 +134,31 @@ def test_mixed_dtypes_are_a_launch_each(emulated):
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
 def test_odd_addresses_give_the_bits_of_even_ones(emulated, dtype):
-    """Views that begin between 16-byte boundaries, each operand elsewhere; nothing beside them is
-    touched."""
+    """Views that begin between 16-byte boundaries, each operand elsewhere or one alone; nothing
+    beside them is touched. The energy is that of the momentum as stored."""
     emulated()
-    working = getattr(torch, dtype)
     sizes = (1, 13, 1024, 2311)
-    q, p, g, w = lists(4, sizes, working)
-    even = copy([q, p])
-    expected = gti.kick_drift_(*even, g, 0.1, 0.2, inv_mass=w, backend="cuda")
-
-    def shifted(tensors, by):
-        return [torch.cat([t.new_full((by,), 7.0), t, t.new_full((9,), 7.0)]) for t in tensors]
-
-    def inner(tensors, by):
-        return [t[by : by + n] for t, n in zip(tensors, sizes, strict=True)]
-
-    buffers = [shifted(t, by) for by, t in enumerate((q, p, g, w))]
-    views = [inner(b, by) for by, b in enumerate(buffers)]
-    assert any(t.data_ptr() % 16 for t in views[1])
-    energy = gti.kick_drift_(*views[:3], 0.1, 0.2, inv_mass=views[3], backend="cuda")
-    assert energy == expected
-    assert bits([*views[0], *views[1]]) == bits([*even[0], *even[1]])
-    for by, buffer in enumerate(buffers[:2]):
-        for t, n in zip(buffer, sizes, strict=True):
-            assert t[:by].eq(7.0).all() and t[by + n :].eq(7.0).all()
-    assert gti.kinetic_energy(views[1], inv_mass=views[3], backend="cuda") == energy
+    even = lists(4, sizes, getattr(torch, dtype))
+    moved = copy(even)
+    expected = gti.kick_drift_(*moved[:3], 0.1, 0.2, inv_mass=moved[3], backend="cuda")
+    for shifts in ((0, 1, 2, 3), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)):
+        buffers = [
+            [torch.cat([t.new_full((by,), 7.0), t, t.new_full((9,), 7.0)]) for t in tensors]
+            for by, tensors in zip(shifts, even, strict=True)
+        ]
+        views = [
+            [t[by : by + n] for t, n in zip(tensors, sizes, strict=True)]
+            for by, tensors in zip(shifts, buffers, strict=True)
+        ]
+        for by, view in zip(shifts, views, strict=True):
+            assert all(t.data_ptr() % 16 == by * t.element_size() % 16 for t in view)
+        energy = gti.kick_drift_(*views[:3], 0.1, 0.2, inv_mass=views[3], backend="cuda")
+        assert energy == expected
+        assert bits([*views[0], *views[1]]) == bits([*moved[0], *moved[1]])
+        for by, buffer in zip(shifts, buffers, strict=True):
+            for t, n in zip(buffer, sizes, strict=True):
+                assert t[:by].eq(7.0).all() and t[by + n :].eq(7.0).all()
+        assert gti.kinetic_energy(views[1], inv_mass=views[3], backend="cuda") == energy
 
 
 def test_factors_on_the_device(emulated):

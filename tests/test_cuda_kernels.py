@@ -377,6 +377,19 @@ def test_sources_of_the_checkout_are_those_that_are_built():
     assert all(compiler.sources().values())
 
 
+def test_headers_are_part_of_the_text_once(axpy):
+    folder = compiler.FOLDERS[0]
+    (folder / "b.cuh").write_text("#pragma once\nint b;\n")
+    (folder / "a.cuh").write_text('#pragma once\n#include "b.cuh"\nint a;\n')
+    (folder / "axpy.cu").write_text('#include "a.cuh"\n#include "b.cuh"\n' + AXPY)
+    assert compiler.source("axpy").split()[:4] == ["int", "b;", "int", "a;"]
+    assert compiler.source("axpy").count("int b;") == 1
+    assert "#include" not in compiler.source("axpy")
+    (folder / "b.cuh").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no CUDA source b\.cuh"):
+        compiler.source("axpy")
+
+
 def test_an_installed_wheel_brings_the_sources(tmp_path):
     for module in ("setuptools", "pybind11"):
         if importlib.util.find_spec(module) is None:
@@ -390,7 +403,8 @@ def test_an_installed_wheel_brings_the_sources(tmp_path):
     for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(TREE / name, tree)
     (tree / "csrc/cuda").mkdir(parents=True)
-    (tree / "csrc/cuda/axpy.cu").write_text(AXPY)
+    (tree / "csrc/cuda/axpy.cu").write_text('#include "header.cuh"\n' + AXPY)
+    (tree / "csrc/cuda/header.cuh").write_text("// a header\n")
     command = [sys.executable, "setup.py", "-q", "sdist", "bdist_wheel"]
     run = subprocess.run(command, cwd=tree, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
@@ -406,7 +420,7 @@ def test_an_installed_wheel_brings_the_sources(tmp_path):
         text=True,
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout.startswith(str(site)) and AXPY in run.stdout
+    assert run.stdout.startswith(str(site)) and AXPY in run.stdout and "a header" in run.stdout
     (sdist,) = (tree / "dist").glob("*.tar.gz")
     listing = subprocess.run(["tar", "tf", str(sdist)], capture_output=True, text=True, check=True)
     assert "csrc/cuda/axpy.cu\n" in listing.stdout

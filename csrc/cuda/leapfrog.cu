@@ -2,17 +2,17 @@
 // q ← q + drift·M⁻¹p with the p that was stored, and of that p the kinetic energy ½ Σ M⁻¹p².
 //
 // Bound by the bandwidth of device memory: 3 · N · sizeof(Element) bytes for a kick or a drift, 5
-// for both, one more with a mass for each element. Four 16-byte loads of every operand are under
-// way before the first is used. Arithmetic is fp32 up to fp32 and fp64 for fp64; each element is
-// rounded to its dtype once. Energies are summed in fp64: of a chunk here, of all chunks by `sum`
-// in kinetic_energy.cu.
+// for both, one more with a mass for each element. 16 elements of every operand (fp64: 8) are under
+// way in 16-byte loads before the first is used. Arithmetic is fp32 up to fp32 and fp64 for fp64;
+// each element is rounded to its dtype once. Energies are summed in fp64: of a chunk here, of all
+// chunks by `sum` in kinetic_energy.cu.
 //
 // Macros: ELEMENT; KICK, DRIFT: 1 where the step is taken; MASS 1: M⁻¹ of each element, 0: of each
 // tensor; THREADS.
 
 #include "ragged.cuh"
 
-constexpr int kLoads = 4;  // of a thread and an operand at a time
+constexpr int kLoads = V == 8 ? 2 : 4;  // of a thread and an operand at a time
 
 // a·b + c, rounded once.
 __device__ __forceinline__ C fused(C a, C b, C c) {
