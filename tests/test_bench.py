@@ -35,7 +35,7 @@ def test_lists_have_the_sizes_they_claim():
 
 def test_suites():
     plain = [(c.op, c.name, c.shape) for c in bench.cases()]
-    assert [(c.op, c.name, c.shape) for c in bench.cases("cpu", "full")] == plain
+    assert [(c.op, c.name, c.shape) for c in bench.cases("cpu", "full")][: len(plain)] == plain
     assert [(c.op, c.name, c.shape) for c in bench.cases("cuda")] == plain
     assert not any(c.bars for c in bench.cases("cuda"))
     full = bench.cases("cuda", "full")

@@ -143,6 +143,15 @@ def test_a_pullback_metric_is_that_of_the_jacobian():
     assert float(torch.linalg.eigvalsh(got.matrix)[0]) > 0
 
 
+def test_more_than_two_to_the_31_columns():
+    """4 GiB of zeros that the system does not store, and numbers on both sides of 2^31."""
+    n = 2**31 + 5
+    a = torch.zeros(1, n, dtype=torch.bfloat16)
+    columns = torch.tensor([0, 2**31 - 1, 2**31, n - 1])
+    a[0, columns] = torch.tensor([1.0, 2.0, 4.0, 8.0], dtype=torch.bfloat16)
+    assert float(gti.gram(a, backend="cpu").matrix) == 1 + 4 + 16 + 64
+
+
 A, B = torch.ones(2, 3), torch.ones(4, 3)
 BAD = [
     ((None,), {}, TypeError, r"a\[0\]"),
