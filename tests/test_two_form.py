@@ -162,7 +162,7 @@ def test_many_vectors_and_tails_of_every_length(dtype, backend):
 
 
 @every_dtype
-@pytest.mark.parametrize("m", [16, 31, 64])
+@pytest.mark.parametrize("m", [16, 31, 64, 256])
 def test_many_vectors(m, dtype):
     q, p = numbers(m, 1000, dtype=dtype), numbers(m, 1000, dtype=dtype, seed=1)
     t = gti.two_form(q, p, metric=True, backend="cpu")

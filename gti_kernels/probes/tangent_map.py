@@ -23,6 +23,9 @@ MEMORY = 2**30
 #: gradients, and as much again while they are formed.
 _TANGENT_OVER_GRADIENT = 4
 
+#: What torch says of an op without a forward rule, and of one that torch.func does not take.
+_NO_FORWARD_RULE = ("forward AD", "forward-mode", "jvp", "setup_context", "functorch transforms")
+
 
 class Differentiator:
     """Differentials of functions of the parameters, `chunk` tangents at a time.
@@ -55,7 +58,7 @@ class Differentiator:
                     # too little memory: one at a time.
                     self.chunk = chunk = 1
                     continue
-                if isinstance(error, torch.OutOfMemoryError):
+                if not any(words in str(error) for words in _NO_FORWARD_RULE):
                     raise
                 return self._second_try(f, point, tangents, m, error)
             parts.append(derivative)
