@@ -31,6 +31,7 @@ def test_commands_of_the_readme_exist():
 
 MODULES = [
     *("backends", "testing", "nn", "spectral_penalty", "ops.power_iteration_operator"),
+    *("probes.push_tangents", "probes.subspaces", "probes.omega_invariance"),
     *sorted({f"ops.{row.stem}" for row in rows.ROWS}),
 ]
 
