@@ -268,9 +268,12 @@ def cases(device: str = "cpu", suite: str = "default") -> list[Case]:
     """The lines of the benchmark, in order. The full suite adds the long ones on a CPU and on a GPU
     what the project holds itself to there; the bars of the default lines are those for a CPU."""
     if device == "cpu":
+        if suite == "default":
+            return _cases()
         from .bench_power_iteration import full_cases
+        from .bench_two_form import two_form_cases
 
-        return _cases() + (full_cases() if suite == "full" else [])
+        return _cases() + full_cases() + two_form_cases()
     without_bars = [replace(case, bars={}, most_us=math.inf) for case in _cases()]
     if suite == "default":
         return without_bars

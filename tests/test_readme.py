@@ -32,6 +32,7 @@ def test_commands_of_the_readme_exist():
 MODULES = [
     *("backends", "testing", "nn", "spectral_penalty", "ops.power_iteration_operator"),
     *("optim.leapfrog", "optim.baoab", "optim.drift_recorder"),
+    *("probes.push_tangents", "probes.subspaces", "probes.omega_invariance"),
     *sorted({f"ops.{row.stem}" for row in rows.ROWS}),
 ]
 

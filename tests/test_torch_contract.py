@@ -407,7 +407,8 @@ def test_layouts(layout, dtype):
     torch.testing.assert_close(gti.kinetic_energy(p, inv_mass=w), expected)
     assert (q.stride(), p.stride()) == strides
     torch.testing.assert_close(
-        gti.two_form(q, p, metric=True).metric, gti.two_form(*dense[:2], metric=True).metric
+        gti.two_form([q], [p], metric=True).metric,
+        gti.two_form([dense[0]], [dense[1]], metric=True).metric,
     )
     torch.testing.assert_close(
         gti.power_iteration([q], tol=1e-6).sigma[0, 0],

@@ -333,6 +333,16 @@ def test_two_form_twice_gives_the_same_bits(m: int, dtype: torch.dtype) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("metric", [False, True])
+def test_two_form_of_a_batch_is_its_problems(metric: bool) -> None:
+    q, p = normal((3, 2, 9), torch.float32, 1), normal((3, 2, 9), torch.float32, 2)
+    together = two_form.two_form([q], [p], metric)
+    for i in range(3):
+        alone = two_form.two_form([q[i]], [p[i]], metric)
+        for x, y in zip(together, alone, strict=True):
+            assert (x is None and y is None) or torch.equal(x[i], y)
+
+
 def test_two_form_sums_in_several_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """As with more partial sums than one round of the second kernel takes."""
     monkeypatch.setattr(two_form, "REDUCE_BLOCK", 2)

@@ -84,8 +84,10 @@ struct Ahead {
   int64_t each;
 };
 
-// Adds n columns, a multiple of kLanes, to the sums of 4 x 4 pairs. kUpper: only those of i < j
-// (skew) or i <= j.
+// Adds n columns, a multiple of kLanes, to the sums of 4 x 4 pairs. kUpper: a tile on the diagonal,
+// where both sides are the same rows, and only pairs of i < j (skew) or i <= j are summed. The two
+// terms of skew have sums of their own there, the second one's in place of (j, i): six sums alone
+// would wait for each other.
 template <Form kForm, bool kUpper, class Sum>
 GTI_INLINE void tile(const Rows& rows, int64_t n, Ahead ahead, Sum* sums) {
   using V = Vec<double, kLanes>;
@@ -105,8 +107,9 @@ GTI_INLINE void tile(const Rows& rows, int64_t n, Ahead ahead, Sum* sums) {
     }
 #pragma GCC unroll 4
     for (int j = 0; j < kTile; ++j) {
-      const V v = load<kLanes>(r.yj + j * r.stride + c);
-      const V u = kForm == Form::gram ? v : load<kLanes>(r.xj + j * r.stride + c);
+      constexpr bool kSame = kUpper && kForm != Form::gram;
+      const V v = kSame ? y[j] : load<kLanes>(r.yj + j * r.stride + c);
+      const V u = kSame ? x[j] : kForm == Form::gram ? v : load<kLanes>(r.xj + j * r.stride + c);
 #pragma GCC unroll 4
       for (int i = 0; i < (kUpper ? j + 1 - kFirst : kTile); ++i) {
         Sum& to = s[i * kTile + j];
@@ -115,7 +118,10 @@ GTI_INLINE void tile(const Rows& rows, int64_t n, Ahead ahead, Sum* sums) {
           to.add(y[i], v);
         } else {
           to.add(x[i], v);
-          if (kForm == Form::skew) to.subtract(y[i], u);
+          if (kForm == Form::skew && kUpper)
+            s[j * kTile + i].add(y[i], u);
+          else if (kForm == Form::skew)
+            to.subtract(y[i], u);
         }
       }
     }
@@ -287,7 +293,12 @@ class InnerProducts {
   // Of the f-th form; upper: i <= j.
   double sum(int64_t f, int64_t i, int64_t j) const {
     const int64_t at = (f * tiles_ + tile_at(i / kTile, j / kTile)) * kArea;
-    return sums_[at + i % kTile * kTile + j % kTile].rounded();
+    Pair sum = sums_[at + i % kTile * kTile + j % kTile];
+    if (forms_[f] == Form::skew && i / kTile == j / kTile) {
+      const Pair& second = sums_[at + j % kTile * kTile + i % kTile];
+      sum.add(-second.value, -second.error);
+    }
+    return sum.rounded();
   }
   // Σ |w| x_i² and Σ |w| y_j², and at least the squares that vanished.
   double square_of_x(int64_t i) const { return squares_[i]; }

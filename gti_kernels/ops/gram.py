@@ -93,9 +93,9 @@ def _gram(
     y = None if symmetric else [t.flatten(axis).contiguous().resolve_neg() for t in b]
     w = [t.flatten().contiguous().resolve_neg() for t in weight] if weighted else None
     if chosen == "cpu":
-        single = (z and z[0] for z in (x, y, w)) if batched else (x, y, w)
+        lists = [z[0] if batched and z else z for z in (x, y, w)]
         with torch.no_grad():
-            out = _on_cpu(*single, "cpu")
+            out = _on_cpu(lists[0], lists[1], lists[2], "cpu")
         assert out is not None, "the compiled kernel takes whatever passes the checks"
         return out
     return reference.gram(x, y, w)

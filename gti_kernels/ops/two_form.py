@@ -38,7 +38,7 @@ def two_form(
     Args:
         dq, dp: [m, N] each, or B such problems [B, m, N], or lists over parameters of [m, *shape];
             the same shapes and dtypes; fp64, fp32, bf16 or fp16, one device. Not written, not
-            concatenated: a list gives the bits of its concatenation on the CPU.
+            concatenated; on the CPU Ω and S of a list are those of its concatenation, bit for bit.
         backend: "auto", "reference", "cpu", "triton" or "cuda"; see `gti_kernels.explain`.
 
     Returns:
@@ -71,8 +71,8 @@ def two_form(
 
 
 def is_batch(x: Any) -> bool:
-    """Whether x is [B, m, N]: a tensor, not a list of them, with three axes."""
-    return isinstance(x, Tensor) and x.ndim == 3
+    """Whether x is to be [B, m, N]: a tensor, not a list of them, with more than two axes."""
+    return isinstance(x, Tensor) and x.ndim > 2
 
 
 def _on_cpu(dq: Any, dp: Any, metric: bool, backend: str) -> Any:
@@ -92,7 +92,7 @@ def _two_form(
     p = [t.flatten(axis).contiguous().resolve_neg() for t in dp]
     if chosen == "cpu":
         with torch.no_grad():
-            out = _on_cpu(*((q[0], p[0]) if batched else (q, p)), metric, "cpu")
+            out = _on_cpu(q[0] if batched else q, p[0] if batched else p, metric, "cpu")
         assert out is not None, "the compiled kernel takes whatever passes the checks"
         omega, bound, result = out.omega, out.error_bound, out.metric
     elif chosen == "cuda":
@@ -131,7 +131,8 @@ def check_rows(op: str, name: str, tensors: Sequence[Tensor], batched: bool) -> 
     axis = 1 if batched else 0
     m = tensors[0].shape[axis] if tensors[0].ndim > axis else 0
     for i, t in enumerate(tensors):
-        if t.ndim < axis + 2 or t.shape[axis] != m or m == 0 or (batched and len(t) == 0):
+        axes = t.ndim == 3 and len(t) > 0 if batched else t.ndim >= 2
+        if not axes or t.shape[axis] != m or m == 0:
             wanted = "[B, m, N] with B, m >= 1" if batched else "[m, *shape] with the same m >= 1"
             raise ValueError(
                 f"{op}: {name}[{i}] must be {wanted} in every tensor, got {tuple(t.shape)} "

@@ -23,6 +23,9 @@ MEMORY = 2**30
 #: gradients, and as much again while they are formed.
 _TANGENT_OVER_GRADIENT = 4
 
+#: What torch says of an op without a forward rule, and of one that torch.func does not take.
+_NO_FORWARD_RULE = ("forward AD", "forward-mode", "jvp", "setup_context", "functorch transforms")
+
 
 class Differentiator:
     """Differentials of functions of the parameters, `chunk` tangents at a time.
@@ -55,7 +58,7 @@ class Differentiator:
                     # too little memory: one at a time.
                     self.chunk = chunk = 1
                     continue
-                if isinstance(error, torch.OutOfMemoryError):
+                if not any(words in str(error) for words in _NO_FORWARD_RULE):
                     raise
                 return self._second_try(f, point, tangents, m, error)
             parts.append(derivative)
@@ -176,9 +179,9 @@ def push_step(
     if system.regime == "running" and system.layers:
         _push_statistics(system, state, tangents, t, differential)
     for half in (0, 1):
-        force, d_force = _force(system, state, tangents, t, differential)
+        value, derivative = force(system, state, tangents, t, differential)
         with system.clock("kernels"):
-            for z, f in ((state, force), (tangents, d_force)):
+            for z, f in ((state, value), (tangents, derivative)):
                 if half == 0:
                     kick_drift_(
                         z.q,
@@ -194,7 +197,7 @@ def push_step(
                     kick_(z.p, f, damp * dt / 2, damp=damp, backend=system.backend)
 
 
-def _force(
+def force(
     system: HamiltonianSystem, state: State, tangents: State, t: int, differential: Differentiator
 ) -> tuple[list[Tensor], list[Tensor]]:
     """∇L_t(q; b) and its derivative along the tangents."""
@@ -204,7 +207,7 @@ def _force(
     ys = [y] if isinstance(y, Tensor) and y.is_floating_point() else []
     dys = [x.new_zeros(tangents.q[0].shape[:1] + x.shape) for x in ys]
 
-    def force(q: list[Tensor], b: dict[str, Tensor], ys: list[Tensor]) -> list[Tensor]:
+    def gradient(q: list[Tensor], b: dict[str, Tensor], ys: list[Tensor]) -> list[Tensor]:
         running = {**state.b, **b} if system.regime == "running" else None
         with functional_normalization(layers, running):
             if torch._C._functorch.maybe_current_level() is not None:
@@ -216,7 +219,7 @@ def _force(
     point = (state.q, {name: state.b[name] for name in tangents.b}, ys)
     # The math backend of attention is the one with forward derivatives.
     with system.clock("gradients"), sdpa_kernel(SDPBackend.MATH):
-        value, derivative = differential(force, point, (tangents.q, tangents.b, dys))
+        value, derivative = differential(gradient, point, (tangents.q, tangents.b, dys))
         return (
             [laid_out_like(q, f) for q, f in zip(state.q, value, strict=True)],
             [laid_out_like(dq, df) for dq, df in zip(tangents.q, derivative, strict=True)],
@@ -240,7 +243,7 @@ def _push_statistics(
 
 def hessian_products(system: HamiltonianSystem, state: State, dq: list[Tensor]) -> list[Tensor]:
     """H·dq for m vectors dq, [m, *shape] per tensor, H the Hessian of the first batch's loss."""
-    return _force(system, state, State(dq, dq, {}), 0, Differentiator(len(dq[0])))[1]
+    return force(system, state, State(dq, dq, {}), 0, Differentiator(len(dq[0])))[1]
 
 
 def _refuse_dead_ends(values: list[Tensor]) -> None:
@@ -258,10 +261,9 @@ def _refuse_dead_ends(values: list[Tensor]) -> None:
         seen.add(node)
         stack += [following for following, _ in node.next_functions]
     if any(node.name() == "torch::autograd::Error" for node in seen):
-        own = sorted(
-            {n.name() for n in seen if isinstance(n, torch.autograd.function.BackwardCFunction)}
-        )
-        raise RuntimeError(f"once_differentiable forbids a second one, in one of {', '.join(own)}")
+        python = torch.autograd.function.BackwardCFunction
+        names = sorted({type(node).__name__ for node in seen if isinstance(node, python)})
+        raise RuntimeError(f"once_differentiable forbids it, in one of {', '.join(names)}")
 
 
 def _first_line(error: Exception) -> str:

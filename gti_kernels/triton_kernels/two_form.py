@@ -281,9 +281,9 @@ def two_form(
     room for the rounding of the norms (relative error at most (h + 2)u) as long as h < 2²⁵.
     """
     if dq[0].ndim == 3:
-        pairs = zip(zip(*dq, strict=True), zip(*dp, strict=True), strict=True)
+        problems = zip(zip(*dq, strict=True), zip(*dp, strict=True), strict=True)
         omegas, bounds, grams = zip(
-            *(two_form(list(q), list(p), metric) for q, p in pairs), strict=True
+            *(two_form(list(q), list(p), metric) for q, p in problems), strict=True
         )
         return torch.stack(omegas), torch.stack(bounds), torch.stack(grams) if metric else None
     m, device = dq[0].shape[0], dq[0].device

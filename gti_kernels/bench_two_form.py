@@ -1,0 +1,138 @@
+"""What the CPU benchmark adds for two_form, gram and the tangents: the lines of `--suite full`."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import gti_kernels as gti
+
+from .bench import Case, Work, two_form
+from .models.simple_cnn import SimpleCNN
+from .probes.hamiltonian_system import HamiltonianSystem, State
+from .probes.tangent_map import Differentiator, force
+
+READ_BYTES = 700_000_000  # of all inputs
+
+
+def _read(m: int) -> Work:
+    """two_form beside its peers and one read of the inputs by torch's fastest reduction."""
+    n = READ_BYTES // (2 * m * 4)
+    work = two_form("cpu", m, n)
+    x = torch.randn(2 * m * n)
+    peers = {k: v for k, v in work.peers.items() if k != "compiled naive"}
+    return Work(work.op, {**peers, "one read": lambda: torch.dot(x, x)}, work.bytes_moved)
+
+
+def _gram(m: int, n: int) -> Work:
+    """gram with weights beside the product in fp32 and in fp64."""
+    generator = torch.Generator().manual_seed(0)
+    a = torch.randn(m, n, generator=generator)
+    w = torch.rand(n, generator=generator)
+
+    def upcast() -> Tensor:
+        wide = a.double()
+        return (wide * w.double()) @ wide.T
+
+    return Work(
+        op=lambda: gti.gram(a, weight=w),
+        peers={"naive fp32": lambda: (a * w) @ a.T, "upcast to fp64": upcast},
+        bytes_moved=a.numel() * 4,
+    )
+
+
+def certificate_system() -> HamiltonianSystem:
+    """The CNN of the certificate (group norm) on images of the digits' size, batches of 32."""
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    model = SimpleCNN(1, 10, "group")
+    batches = [
+        (
+            torch.randn(32, 1, 8, 8, generator=generator),
+            torch.randint(0, 10, (32,), generator=generator),
+        )
+        for _ in range(4)
+    ]
+    return HamiltonianSystem(model, F.cross_entropy, batches)
+
+
+def _gradients(system: HamiltonianSystem, count: int) -> None:
+    with system.session():
+        z = system.start(torch.float64)
+        for t in range(count):
+            system.gradient(z, t)
+
+
+def _derivatives(system: HamiltonianSystem, pairs: int, count: int) -> None:
+    """`count` gradients, each with the Hessian-vector products of 2k tangents."""
+    with system.session():
+        z = system.start(torch.float64)
+        tangents = State(*gti.darboux_pairs(system, pairs), {})
+        differential = Differentiator(2 * pairs)
+        for t in range(count):
+            force(system, z, tangents, t, differential)
+
+
+def _push(pairs: int, steps: int) -> Work:
+    """push_tangents of 2k tangents, 2 force evaluations a step, beside as many gradients."""
+    system = certificate_system()
+    dq, dp = gti.darboux_pairs(system, pairs)
+    count = 2 * steps * 2 * pairs
+    return Work(
+        op=lambda: gti.push_tangents(system, dq, dp, 0.05, steps),
+        peers={"a gradient for each tangent": lambda: _gradients(system, count)},
+    )
+
+
+def _epsilon(pairs: int, steps: int) -> Work:
+    """ε_Ω beside the derivatives that it cannot do without."""
+    system = certificate_system()
+    return Work(
+        op=lambda: gti.omega_invariance(system, 0.05, steps, pairs),
+        peers={"gradients and HVPs": lambda: _derivatives(system, pairs, 2 * steps)},
+    )
+
+
+def two_form_cases() -> list[Case]:
+    """The lines, in order."""
+    out = []
+    for m, most in ((4, 1.2), (8, 1.5), (16, 2.2)):
+        bars = {"one read": 1 / most, "upcast to fp64": 6.0}
+        if m == 4:
+            bars["naive fp32"] = 2.0
+        out.append(
+            Case(
+                "two_form",
+                "fp64 accumulation",
+                f"m = {m}, 700 MB",
+                "float32",
+                lambda _device, m=m: _read(m),  # type: ignore[misc]
+                bars,
+            )
+        )
+    out.append(
+        Case("gram", "weighted", "m = 8, N = 5 M", "float32", lambda _device: _gram(8, 5_000_000))
+    )
+    model = "SimpleCNN, batch 32"
+    out.append(
+        Case(
+            "two_form",
+            "push_tangents, 8 tangents, 10 force evaluations",
+            model,
+            "float64",
+            lambda _device: _push(4, 5),
+            {"a gradient for each tangent": 1 / 2.5},
+        )
+    )
+    out.append(
+        Case(
+            "two_form",
+            "ε_Ω, 4 pairs, 5 steps",
+            model,
+            "float64",
+            lambda _device: _epsilon(4, 5),
+            {"gradients and HVPs": 1 / 1.3},
+        )
+    )
+    return out
