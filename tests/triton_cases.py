@@ -336,7 +336,7 @@ def test_two_form_twice_gives_the_same_bits(m: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("metric", [False, True])
 def test_two_form_of_a_batch_is_its_problems(metric: bool) -> None:
     q, p = normal((3, 2, 9), torch.float32, 1), normal((3, 2, 9), torch.float32, 2)
-    together = two_form.two_form([q], [p], metric)
+    together = gti_kernels.two_form(q, p, metric=metric, backend="triton")
     for i in range(3):
         alone = two_form.two_form([q[i]], [p[i]], metric)
         for x, y in zip(together, alone, strict=True):

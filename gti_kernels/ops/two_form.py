@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -95,17 +96,26 @@ def _two_form(
             out = _on_cpu(q[0] if batched else q, p[0] if batched else p, metric, "cpu")
         assert out is not None, "the compiled kernel takes whatever passes the checks"
         omega, bound, result = out.omega, out.error_bound, out.metric
-    elif chosen == "cuda":
+    else:
+        run = _one_problem(chosen)
+        problems = [([x], [y]) for x, y in zip(q[0], p[0])] if batched else [(q, p)]
+        omegas, bounds, results = zip(*(run(x, y, metric) for x, y in problems))
+        join = torch.stack if batched else operator.itemgetter(0)
+        omega, bound, result = join(omegas), join(bounds), join(results) if metric else None
+    return omega, bound, omega.new_empty(0) if result is None else result
+
+
+def _one_problem(backend: str) -> Callable[..., tuple[Tensor, Tensor, Tensor | None]]:
+    """two_form of a backend that takes lists of [m, N_t]."""
+    if backend == "cuda":
         from ..cuda_kernels import two_form as cuda
 
-        omega, bound, result = cuda.two_form(q, p, metric)
-    elif chosen == "triton":
+        return cuda.two_form
+    if backend == "triton":
         from ..triton_kernels import two_form as triton
 
-        omega, bound, result = triton.two_form(q, p, metric)
-    else:
-        omega, bound, result = reference.two_form(q, p, metric)
-    return omega, bound, omega.new_empty(0) if result is None else result
+        return triton.two_form
+    return reference.two_form
 
 
 def limits_of_two_form(

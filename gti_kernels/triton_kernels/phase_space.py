@@ -11,10 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference.phase_space import signed
-from ..tables import device_table, on_device, prefix
+from ..tables import device_table, elementwise_groups, on_device, prefix
 from .ragged import (
     TRITON_DTYPE,
-    elementwise_groups,
     find_item,
     fixed_sum,
     load_block,
@@ -206,7 +205,7 @@ def phase_step(
     first = 0
     with on_device(device):
         for group in groups:
-            P, Q, G, W, _ = group.dtypes
+            P, Q, G, W = (TRITON_DTYPE[d] for d in group.dtypes[:4])
             out = partials[first : first + group.blocks]
             first += group.blocks
             if G is None and not drifts:
@@ -350,7 +349,7 @@ def grid_step(
     first = 0
     with on_device(device):
         for group in groups:
-            T, R, _, _, G, W, *_ = group.dtypes
+            T, R, G, W = (TRITON_DTYPE[group.dtypes[i]] for i in (0, 1, 4, 5))
             mine = slice(first, first + group.blocks)
             first += group.blocks
             if G is None and not drifts:

@@ -269,8 +269,8 @@ def two_form(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Ω_ij = Σ_a dq_ia dp_ja − dp_ia dq_ja, its bound, and S_ij = Σ_a dq_ia dq_ja + dp_ia dp_ja.
 
-    dq, dp: lists of [m, N_t], or of [B, m, N_t], any float dtype. Returns Ω [m, m], bound [m, m],
-    S [m, m] or None, each with B in front where the inputs have it, all fp64.
+    dq, dp: lists of [m, N_t], any float dtype. Returns Ω [m, m], bound [m, m], S [m, m] or None,
+    all fp64.
 
     The bound. Let every term of Ω_ij pass through at most h additions, x its exact value, u = 2⁻⁵³.
     Plain sums: products are exact, so the error before the last subtraction is at most
@@ -280,12 +280,6 @@ def two_form(
     Schwarz: Σ|x| ≤ ‖dq_i‖‖dp_j‖ + ‖dp_i‖‖dq_j‖. The factors (h + 1)u and 4(h + 2)²u² below leave
     room for the rounding of the norms (relative error at most (h + 2)u) as long as h < 2²⁵.
     """
-    if dq[0].ndim == 3:
-        problems = zip(zip(*dq, strict=True), zip(*dp, strict=True), strict=True)
-        omegas, bounds, grams = zip(
-            *(two_form(list(q), list(p), metric) for q, p in problems), strict=True
-        )
-        return torch.stack(omegas), torch.stack(bounds), torch.stack(grams) if metric else None
     m, device = dq[0].shape[0], dq[0].device
     exact = any(t.dtype == torch.float64 for t in dq)
     tile = Tile.of(m, exact, metric)
