@@ -85,8 +85,8 @@ struct PowerIterationResult {
 };
 
 // weights: a tensor [..., m, n], or a list of tensors [out, ...], each one matrix [out, −1]; start:
-// None, or right vectors for them, a tensor or a list. A PowerIterationResult, or None where an
-// argument is not what the kernel takes.
+// None, or right vectors for them, a tensor or a list. The pair (sigma, PowerIterationResult), or
+// None where an argument is not what the kernel takes.
 py::object run(py::handle weights, py::handle start, int k, std::string_view method,
                int64_t max_steps, double tol, uint64_t seed, int threads) {
   PowerIterationResult out{};
@@ -123,7 +123,8 @@ py::object run(py::handle weights, py::handle start, int k, std::string_view met
   without_gil(ws, static_cast<double>(k) * static_cast<double>(max_steps), [&] {
     power_iteration(out.items.data(), out.items.size(), k, how, max_steps, tol, seed, threads);
   });
-  return py::cast(std::move(out));
+  const py::object sigma = out.number(0, {k});
+  return py::make_tuple(sigma, py::cast(std::move(out)));
 }
 
 bool uses_gram(int itemsize, int64_t m, int64_t n, int k, std::string_view method,
@@ -146,7 +147,6 @@ void bind_power_iteration(py::module_& module) {
   using Item = PowerIterationItem;
   using Result = PowerIterationResult;
   py::class_<Result>(module, "SingularTriples")
-      .def_property_readonly("sigma", [](const Result& r) { return r.number(0, {r.k}); })
       .def_property_readonly("u", [](const Result& r) { return r.vector(&Item::m, &Item::u); })
       .def_property_readonly("v", [](const Result& r) { return r.vector(&Item::n, &Item::v); })
       .def_property_readonly("residual",

@@ -25,8 +25,8 @@ struct TwoFormResult {
   }
 };
 
-// dq, dp: tensors [m, N] or [batch, m, N], or lists of [m, ...]. A TwoFormResult, or None where an
-// argument is not what the kernel takes.
+// dq, dp: tensors [m, N] or [batch, m, N], or lists of [m, ...]. The pair (omega, TwoFormResult),
+// or None where an argument is not what the kernel takes.
 py::object run(py::handle dq, py::handle dp, bool metric, bool recording, int threads) {
   std::vector<View> qs, ps;
   if (!views_of(dq, qs, recording) || !views_of(dp, ps, recording) || qs.size() != ps.size() ||
@@ -52,14 +52,14 @@ py::object run(py::handle dq, py::handle dp, bool metric, bool recording, int th
     two_form(items.data(), items.size(), batch, m, result.matrix(0), result.matrix(1),
              metric ? result.matrix(2) : nullptr, threads);
   });
-  return py::cast(std::move(result));
+  const py::object omega = result.tensor(0);
+  return py::make_tuple(omega, py::cast(std::move(result)));
 }
 
 }  // namespace
 
 void bind_two_form(py::module_& module) {
   py::class_<TwoFormResult>(module, "TwoForm")
-      .def_property_readonly("omega", [](TwoFormResult& r) { return r.tensor(0); })
       .def_property_readonly("error_bound", [](TwoFormResult& r) { return r.tensor(1); })
       .def_property_readonly("metric", [](TwoFormResult& r) {
         return r.with_metric ? r.tensor(2) : py::object(py::none());

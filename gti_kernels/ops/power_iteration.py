@@ -87,7 +87,7 @@ def power_iteration(
     if usual and backend in ("auto", "cpu") and is_plain_eager():
         out = _on_cpu(weights, start and start.v, k, method, max_steps, tol, seed)
         if out is not None:
-            return SingularTriples.from_kernel(out)
+            return SingularTriples.from_kernel(*out)
     _check_settings(method, max_steps, tol, seed)
     ws, batched = _weight_list(weights)
     with torch.no_grad():
@@ -298,8 +298,9 @@ def _power_iteration(
         vs = None if not start else start[0] if batched else start
         out = _on_cpu(ws, vs, k, method, max_steps, tol, seed)
         assert out is not None, "the compiled kernel takes whatever passes the checks"
-        u, v = ([out.u], [out.v]) if batched else (out.u, out.v)
-        return out.sigma, u, v, out.residual, out.steps, out.converged, out.upper
+        sigma, rest = out
+        u, v = ([rest.u], [rest.v]) if batched else (rest.u, rest.v)
+        return sigma, u, v, rest.residual, rest.steps, rest.converged, rest.upper
     settings = (k, method, max_steps, tol, start or None, seed)
     if chosen == "triton":
         from ..triton_kernels import power_iteration as triton

@@ -30,22 +30,23 @@ class Result:
     """
 
     _fields: tuple[str, ...] = ()
+    _first: str
     _kernel: Any  # a result of the compiled module
 
     def __init_subclass__(cls) -> None:
         cls._fields = tuple(name for name, x in vars(cls).items() if isinstance(x, Field))
+        cls._first = cls._fields[0]
 
     def __init__(self, *values: Any) -> None:
         for name, value in zip(self._fields, values, strict=True):
             setattr(self, name, value)
 
     @classmethod
-    def from_kernel(cls, kernel: Any) -> Self:
-        """The fields of a result of the compiled module."""
+    def from_kernel(cls, first: Any, kernel: Any) -> Self:
+        """The first field, and the result of the compiled module that has the others."""
         result = cls.__new__(cls)
-        result._kernel = kernel
-        first = cls._fields[0]
-        result.__dict__[first] = getattr(kernel, first)
+        values = result.__dict__
+        values[cls._first], values["_kernel"] = first, kernel
         return result
 
     def __iter__(self) -> Iterator[Any]:

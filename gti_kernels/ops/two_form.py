@@ -60,8 +60,11 @@ def two_form(
     tensor([[ 0.,  1.],
             [-1.,  0.]], dtype=torch.float64)
     """
-    if is_plain_eager() and (out := _on_cpu(dq, dp, metric, backend)) is not None:
-        return TwoForm.from_kernel(out)
+    compiled = backends.compiled
+    if compiled is not None and backend in ("auto", "cpu") and is_plain_eager():
+        out = compiled.two_form(dq, dp, metric, is_grad_enabled(), get_num_threads())
+        if out is not None:  # else an argument is not what the kernel takes
+            return TwoForm.from_kernel(*out)
     dqs, dps, batched = tensor_list(dq), tensor_list(dp), is_batch(dq)
     refuse_derivative("two_form", [*dqs, *dps], "Pass detached tangents")
     if is_plain_eager():
@@ -76,13 +79,6 @@ def is_batch(x: Any) -> bool:
     return isinstance(x, Tensor) and x.ndim > 2
 
 
-def _on_cpu(dq: Any, dp: Any, metric: bool, backend: str) -> Any:
-    """The fields, or None where the call is not for the compiled kernel or an argument is odd."""
-    if backends.compiled is None or backend not in ("auto", "cpu"):
-        return None
-    return backends.compiled.two_form(dq, dp, metric, is_grad_enabled(), get_num_threads())
-
-
 def _two_form(
     dq: list[Tensor], dp: list[Tensor], metric: bool, batched: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,10 +88,10 @@ def _two_form(
     q = [t.flatten(axis).contiguous().resolve_neg() for t in dq]
     p = [t.flatten(axis).contiguous().resolve_neg() for t in dp]
     if chosen == "cpu":
-        with torch.no_grad():
-            out = _on_cpu(q[0] if batched else q, p[0] if batched else p, metric, "cpu")
-        assert out is not None, "the compiled kernel takes whatever passes the checks"
-        omega, bound, result = out.omega, out.error_bound, out.metric
+        assert backends.compiled is not None
+        qp = (q[0], p[0]) if batched else (q, p)
+        omega, rest = backends.compiled.two_form(*qp, metric, False, get_num_threads())
+        bound, result = rest.error_bound, rest.metric
     else:
         run = _one_problem(chosen)
         problems = [([x], [y]) for x, y in zip(q[0], p[0])] if batched else [(q, p)]
