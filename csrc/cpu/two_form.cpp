@@ -12,17 +12,20 @@ void one(const Item* items, int64_t n_items, int64_t m, double* omega, double* b
   InnerProducts products(items, n_items, m, m, forms, true, false);
   products.run(threads);
   const auto square = [&](int64_t i) { return products.square_of_x(i) + products.square_of_y(i); };
-  for (int64_t i = 0; i < m; ++i)
-    for (int64_t j = i; j < m; ++j) {
-      // 0 · NaN: a row with a NaN has no zero on the diagonal either.
-      const double value = i < j ? products.sum(0, i, j) : std::isnan(square(i)) ? square(i) : 0.0;
+  for (int64_t i = 0; i < m; ++i) {
+    // 0 · NaN: a row with a NaN has no zero on the diagonal either.
+    omega[i * m + i] = bound[i * m + i] = std::isnan(square(i)) ? square(i) : 0.0;
+    for (int64_t j = i + 1; j < m; ++j) {
+      const double value = products.sum(0, i, j);
       omega[i * m + j] = value;
-      omega[j * m + i] = i == j ? value : -value;
+      omega[j * m + i] = -value;
       // Σ|q_i p_j| + |p_i q_j| ≤ ‖z_i‖‖z_j‖
       const double size = products.size(square(i), square(j));
-      bound[i * m + j] = bound[j * m + i] = i == j ? value : products.bound(value, size);
-      if (metric) metric[i * m + j] = metric[j * m + i] = products.sum(1, i, j);
+      bound[i * m + j] = bound[j * m + i] = products.bound(value, size);
     }
+    for (int64_t j = i; metric && j < m; ++j)
+      metric[i * m + j] = metric[j * m + i] = products.sum(1, i, j);
+  }
 }
 
 }  // namespace
