@@ -25,6 +25,7 @@ from torch import Tensor
 import gti_kernels as gti
 
 from .backends import build_info
+from .conventions import fan_in_inverse_mass
 from .extras import require
 from .models.simple_cnn import SimpleCNN
 from .testing import compare
@@ -188,8 +189,17 @@ def optimizer_step(device: str, shapes: Sequence[tuple[int, ...]]) -> Work:
     for q in params:
         q.grad = torch.randn_like(q)
     step = gti.optim.Leapfrog(params, dt=1e-3, damping=1.0).step
-    peers = {name: work.peers[name] for name in ("_foreach", "copy of the same bytes")}
-    return replace(work, op=step, peers=peers)
+    others = [[torch.randn_like(q).detach() for q in params] for _ in range(3)]
+    mass = [fan_in_inverse_mass(q) for q in params]
+
+    def foreach() -> None:  # by hand, and without the energy, which a step alone does not need
+        q, p, grad = others
+        torch._foreach_mul_(p, math.exp(-1e-3))
+        torch._foreach_add_(p, grad, alpha=-1e-3)
+        torch._foreach_add_(q, torch._foreach_mul(p, mass), alpha=1e-3)
+
+    copy = "copy of the same bytes"
+    return replace(work, op=step, peers={"_foreach": foreach, copy: work.peers[copy]})
 
 
 def training_step(device: str) -> Work:
@@ -504,7 +514,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--suite",
         choices=("default", "full"),
         default="default",
-        help="full: also the long lines (about 15 minutes); on a GPU the large lists and shapes of "
+        help="full: also the long lines (7 minutes); on a GPU the large lists and shapes of "
         "its bars (up to 45 GB)",
     )
     parser.add_argument("--json", metavar="FILE", help="write machine, bandwidth and results")

@@ -46,9 +46,8 @@ def two_form(
         TwoForm(omega, error_bound, metric). Products of elements up to fp32 are exact in fp64,
         where they are summed; for fp64 elements products and sums are compensated (Dot2; Ogita,
         Rump, Oishi 2005, "Accurate Sum and Dot Product"). error_bound holds for the inputs as they
-        are, roughly 6e-14·‖z_i‖‖z_j‖ up to fp32 and u·|Ω_ij| + 1e-20·‖z_i‖‖z_j‖ for fp64
-        (N up to 1e8). A NaN in
-        vector i makes row and column i NaN, the rest is right.
+        are, roughly 6e-14·‖z_i‖‖z_j‖ up to fp32 and u·|Ω_ij| + 1e-20·‖z_i‖‖z_j‖ for fp64 (N up to
+        1e8). A NaN in vector i makes row and column i NaN, the rest is right.
 
     Raises:
         TypeError, ValueError: the argument, what was expected, what came. RuntimeError: a
