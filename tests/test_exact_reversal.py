@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 import gti_kernels as gti
-from gti_kernels import phase_space, testing
+from gti_kernels import exact_grid, testing
 from gti_kernels.models.simple_cnn import SimpleCNN
 
 BACKENDS = ("cpu", "reference")
@@ -55,7 +55,7 @@ def walked(backend, dtype, mass, threads=1):
     space.kick_(0.3, grads=[None if i == 4 else g for i, g in enumerate(sines(q))])
     space.drift_(-0.1)
     space.scale_momenta_(0.8)
-    checksums = [m.checksum for m in space._engine.moves]
+    checksums = list(space._engine.moves.checksums)
     return copies(q), space.momenta, [*space._engine.Q, *space._engine.P], checksums, energies
 
 
@@ -79,7 +79,7 @@ def test_increments_are_the_nearest_integers(backend):
     g = g.double()
     q = torch.zeros(len(g), dtype=torch.float64)
     space = gti.PhaseSpace(q, inv_mass=1.0, exact=True, backend=backend)
-    unit = phase_space.UNIT_P
+    unit = exact_grid.UNIT_P
     space.kick_(-unit, grads=[g])
     expected = [round(x) for x in g.tolist()]
     assert space._engine.P[0].tolist() == expected
@@ -89,10 +89,10 @@ def test_increments_are_the_nearest_integers(backend):
         torch.tensor([2**61 + 1, -(2**61) - 3, 2**53 + 1, 3, -3, 5, 0, 1, -1, 7])
     )
     rate = 2.0**-12
-    space.drift_(rate * phase_space.UNIT_Q / unit)
+    space.drift_(rate * exact_grid.UNIT_Q / unit)
     wide = [float(x) for x in space._engine.P[0].tolist()]  # int to float rounds to nearest even
     assert space._engine.Q[0].tolist() == [round(rate * x) for x in wide]
-    assert torch.equal(q, phase_space.UNIT_Q * space._engine.Q[0].double())
+    assert torch.equal(q, exact_grid.UNIT_Q * space._engine.Q[0].double())
 
 
 @every_backend
