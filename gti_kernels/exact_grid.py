@@ -103,21 +103,19 @@ class Grid:
         self, op: str, kick: Any, damp: Any, drift: Any, grads: Any, skipped: tuple[int, ...]
     ) -> Tensor:
         """One call of the plan: forward, or back where it undoes what was done last."""
-        self._check_versions(op)
         if kick is not None:
             if damp <= 0.0:
                 raise ValueError(f"{op}: damp must be positive with exact=True, got {damp}")
             if grads is None:
                 grads = [q.grad for q in self.space.params]  # held: an error reads them again
-            skipped = tuple([i for i, g in enumerate(grads) if g is None])
-            self.space.skipped = skipped
+            skipped = _missing(grads)
             if self._undoes_kick(kick, damp):
-                energy = self.take_back_kick(op, grads, skipped)
+                energy = self.take_back_kick(op, grads)
                 if drift is None:
                     return energy
                 kick, damp = None, 1.0
         if kick is None and self._undoes_drift(drift):
-            return self.take_back_drift(op)
+            return self.take_back_drift(op)[1]
         return self._forward(op, kick, damp, drift, grads, skipped)
 
     def _undoes_drift(self, drift: float) -> bool:
@@ -139,6 +137,7 @@ class Grid:
     def _forward(
         self, op: str, kick: Any, damp: Any, drift: Any, grads: Any, skipped: tuple[int, ...]
     ) -> Tensor:
+        self._check_versions(op)
         kicks, drifts = kick is not None, drift is not None
         log = _log_of(damp) if kicks else 0
         self._scale(op, log, skipped)
@@ -157,14 +156,16 @@ class Grid:
             raise
         if kicks:
             self.moves.push(KICK, kick, log, skipped, checksum)
+            self.space.skipped = skipped
         if drifts:
             self.moves.push(DRIFT, drift, 0, skipped)
         self.space.step_count += drifts
         return energy
 
-    def take_back_kick(self, op: str, grads: Any, skipped: tuple[int, ...]) -> Tensor:
+    def take_back_kick(self, op: str, grads: Sequence[Tensor | None]) -> Tensor:
         """Undoes the last move, a kick, which had these gradients."""
-        last = self._last(op, KICK, "a kick")
+        self._check_versions(op)
+        last, skipped = self._last(op, KICK, "a kick"), _missing(grads)
         numbers = (last.step, 0.0, grads, last.skipped)
         where = f"{op}: the way back leaves the way out at step {self.space.step_count}: "
         if skipped != last.skipped:
@@ -182,15 +183,17 @@ class Grid:
             )
         self._scale(op, -last.log, last.skipped)
         self.moves.pop()
+        self.space.skipped = skipped
         return energy
 
-    def take_back_drift(self, op: str) -> Tensor:
-        """Undoes the last move, a drift."""
+    def take_back_drift(self, op: str) -> tuple[float, Tensor]:
+        """Undoes the last move, a drift; returns its step, and the kinetic energy."""
+        self._check_versions(op)
         last = self._last(op, DRIFT, "a drift")
         *_, energy = self._pass(op, False, True, True, 0.0, last.step, None, last.skipped)
         self.moves.pop()
         self.space.step_count -= 1
-        return energy
+        return last.step, energy
 
     def _last(self, op: str, kind: int, name: str) -> Any:
         last = self.moves.last()
@@ -329,6 +332,10 @@ class Grid:
             wide = u * Q.double()
             q.copy_(reference.by_way_of_fp32(wide if r is None else wide + r.double(), q.dtype))
         self._make_plan()
+
+
+def _missing(grads: Sequence[Tensor | None]) -> tuple[int, ...]:
+    return tuple([i for i, g in enumerate(grads) if g is None])
 
 
 def power_of_two(log: int) -> float:

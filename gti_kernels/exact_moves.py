@@ -78,30 +78,32 @@ class Moves:
     def state(self) -> dict[str, Any]:
         """As tensors of the same sizes, and lists."""
         return {
-            "kinds": _tensor(self.kinds, torch.uint8),
-            "steps": [_tensor(x, torch.float64) for x in self.steps],
-            "logs": [_tensor(x, torch.int64) for x in self.logs],
+            "kinds": tensor_of(self.kinds, torch.uint8),
+            "steps": [tensor_of(x, torch.float64) for x in self.steps],
+            "logs": [tensor_of(x, torch.int64) for x in self.logs],
             "skipped": [list(x) for x in self.skipped],
-            "checksums": _tensor(self.checksums, torch.int64),  # the bits
+            "checksums": tensor_of(self.checksums, torch.int64),  # the bits
         }
 
     @classmethod
     def of(cls, state: dict[str, Any]) -> Moves:
         """What `state` was taken of."""
         moves = cls()
-        moves.kinds = bytearray(_bytes(state["kinds"]))
-        moves.steps = [array("d", _bytes(x)) for x in state["steps"]]
-        moves.logs = [array("q", _bytes(x)) for x in state["logs"]]
+        moves.kinds = bytearray(bytes_of(state["kinds"]))
+        moves.steps = [array("d", bytes_of(x)) for x in state["steps"]]
+        moves.logs = [array("q", bytes_of(x)) for x in state["logs"]]
         moves.skipped = [[tuple(places) for places in x] for x in state["skipped"]]
-        moves.checksums = array("Q", _bytes(state["checksums"]))
+        moves.checksums = array("Q", bytes_of(state["checksums"]))
         return moves
 
 
-def _tensor(numbers: bytearray | array[Any], dtype: torch.dtype) -> Tensor:
+def tensor_of(numbers: bytearray | array[Any], dtype: torch.dtype) -> Tensor:
+    """The same bytes as a tensor, for state_dict."""
     if not numbers:
         return torch.empty(0, dtype=dtype)
     return torch.frombuffer(bytearray(numbers), dtype=dtype)
 
 
-def _bytes(x: Tensor) -> bytes:
+def bytes_of(x: Tensor) -> bytes:
+    """What `tensor_of` was given."""
     return x.cpu().numpy().tobytes()

@@ -224,6 +224,22 @@ class PhaseSpace:
         """
         return self._step("kick_drift_", kick, damp, drift, grads)
 
+    def undo_kick_(self, grads: Grads | None = None) -> None:
+        """With exact=True: takes the last move back, which was a kick with these gradients."""
+        grid = self._grid("undo_kick_")
+        every = [q.grad for q in self.params] if grads is None else list(grads)
+        grid.take_back_kick("undo_kick_", every)
+
+    def undo_drift_(self) -> float:
+        """With exact=True: takes the last move back, which was a drift; returns its step."""
+        step, _ = self._grid("undo_drift_").take_back_drift("undo_drift_")
+        return step
+
+    def _grid(self, op: str) -> Grid:
+        if not isinstance(self._engine, Grid):
+            raise RuntimeError(f"{op}: only a plan with exact=True remembers its moves")
+        return self._engine
+
     def kinetic_energy(self) -> Tensor:
         """K = ½ pᵀM⁻¹p, a 0-d fp64 tensor on the device."""
         p = self.momenta
@@ -360,7 +376,8 @@ class PhaseSpace:
     def state_dict(self) -> dict[str, Any]:
         """Momenta, counters and, with exact=True, the grid and the moves; all as copies. The
         positions are the model's own to save; with exact=True they are here too."""
-        return {"step_count": self.step_count, "seed": self.seed, **self._engine.state()}
+        counters = {"step_count": self.step_count, "seed": self.seed, "skipped": self.skipped}
+        return {**counters, **self._engine.state()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -379,6 +396,7 @@ class PhaseSpace:
             )
         self._engine.load(state)
         self.step_count, self.seed = state["step_count"], state["seed"]
+        self.skipped = tuple(state["skipped"])
 
 
 # The plans behind leapfrog_(exact=True) by the first tensor of p, as long as that lives, each with

@@ -31,7 +31,8 @@ def phase_step(
 ) -> Tensor:
     """p ← damp·p − kick·∇L, then q ← q + drift·M⁻¹p, each if the step has it.
 
-    Tensors at the places `skipped` keep p and q; for them ∇L is unread. Arithmetic is fp64 if q or
+    A tensor whose gradient is None in a kick, or whose place is in `skipped`, keeps p and q.
+    Arithmetic is fp64 if q or
     p is, else fp32. A q of 16 bits is rounded up or down at random, by `key`; other numbers are
     rounded to nearest. Returns ½ pᵀM⁻¹p of the new p, skipped ones included, where it drifts, else
     0 (fp64).
@@ -39,10 +40,11 @@ def phase_step(
     energy = torch.zeros((), dtype=torch.float64, device=q[0].device if q else None)
     for i, (q_t, p_t, g_t, w_t) in enumerate(zip(q, p, grad, inv_mass, strict=True)):
         compute = torch.promote_types(torch.promote_types(q_t.dtype, p_t.dtype), torch.float32)
-        if kicks and i not in skipped:
+        stays = i in skipped or (kicks and g_t is None)
+        if kicks and not stays:
             assert g_t is not None
             p_t.copy_(damp * p_t.to(compute) - kick * g_t.to(compute))
-        if drifts and i not in skipped:
+        if drifts and not stays:
             wide = p_t.to(compute)
             if isinstance(w_t, Tensor):
                 moved = q_t.to(compute) + drift * (w_t.to(compute) * wide)
@@ -76,12 +78,13 @@ def grid_step(
     """P ← P ∓ ⌊kick/s/unit_p·∇L⌉, then Q ← Q ± ⌊(drift·s·unit_p/unit_q·w)·P⌉ and q = unit_q·Q +
     remainder; the lower signs where `back`.
 
-    Q, P: int64. inv_mass: floats, or fp64 tensors. scale: s of each tensor. Tensors at the places
-    `skipped` keep P and Q. ⌊·⌉ is the nearest integer, ties to even; each
-    product is rounded to fp64. An increment outside its limit counts as zero, so that the opposite
-    step undoes this one all the same. Returns the checksum of the kick's increments (int64),
-    whether all stayed inside their limits (bool), and ½ Σ w (s·unit_p·P)² of the new P, skipped
-    ones included, where it drifts (fp64), as 0-d tensors.
+    Q, P: int64. inv_mass: floats, or fp64 tensors. scale: s of each tensor. A tensor whose
+    gradient is None in a kick, or whose place is in `skipped`, keeps P and Q. ⌊·⌉ is the
+    nearest integer, ties to even; each product is rounded to fp64. An increment outside its limit
+    counts as zero, so that the opposite step undoes this one all the same. Returns the checksum of
+    the kick's increments (int64), whether all stayed inside their limits (bool), and
+    ½ Σ w (s·unit_p·P)² of the new P, skipped ones included, where it drifts (fp64), as 0-d
+    tensors.
     """
     device = q[0].device if q else None
     checksum = torch.zeros((), dtype=torch.int64, device=device)
@@ -91,7 +94,8 @@ def grid_step(
     first = prefix([x.numel() for x in q])
     for i, g in enumerate(grad):
         P_t, Q_t, w, s = P[i], Q[i], inv_mass[i], scale[i]
-        if kicks and i not in skipped:
+        stays = i in skipped or (kicks and g is None)
+        if kicks and not stays:
             assert g is not None
             x = (kick / s / unit_p[i]) * g.double()
             small = x.abs() < INCREMENT_LIMIT
@@ -99,7 +103,7 @@ def grid_step(
             P_t.sub_(sign * by)
             checksum += _checksum(by, first[i])
             inside &= small.all() & _in_limits(P_t)
-        if drifts and i not in skipped:
+        if drifts and not stays:
             rate = (drift * s) * (unit_p[i] / unit_q[i]) * w
             x = rate * P_t.double()
             small = x.abs() < INCREMENT_LIMIT

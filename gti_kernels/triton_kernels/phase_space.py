@@ -188,9 +188,10 @@ def phase_step(
     """As `reference.phase_space.phase_step`, to the bit; kick, damp and drift may be 0-d tensors on
     the device, which are read there. One launch per combination of dtypes."""
     device = q[0].device if q else torch.device("cpu")
-    grads = [0.0 if g is None or not kicks or i in skipped else g for i, g in enumerate(grad)]
+    stays = {*skipped, *(i for i, g in enumerate(grad) if kicks and g is None)}
+    grads = [0.0 if g is None or not kicks or i in stays else g for i, g in enumerate(grad)]
     # A number in place of a position: it takes no part.
-    moved = [0.0 if i in skipped else x for i, x in enumerate(q)]
+    moved = [0.0 if i in stays else x for i, x in enumerate(q)]
     places = [float(i) for i in range(len(q))]
     groups = elementwise_groups([p, moved, grads, inv_mass, places], BLOCK)
     partials = torch.zeros(sum(g.blocks for g in groups), dtype=torch.float64, device=device)
@@ -348,8 +349,9 @@ def grid_step(
     """As `reference.phase_space.grid_step`, to the bit (but for the order of the energy's sum)."""
     device = q[0].device if q else torch.device("cpu")
     rest = [0.0 if r is None else r for r in remainder]
-    grads = [0.0 if g is None or not kicks or i in skipped else g for i, g in enumerate(grad)]
-    moved = [0.0 if i in skipped else x for i, x in enumerate(q)]
+    stays = {*skipped, *(i for i, g in enumerate(grad) if kicks and g is None)}
+    grads = [0.0 if g is None or not kicks or i in stays else g for i, g in enumerate(grad)]
+    moved = [0.0 if i in stays else x for i, x in enumerate(q)]
     # Where all have the same s the table need not change with it.
     same = len(set(scale)) <= 1
     own = [0.0] * len(q) if same else scale
