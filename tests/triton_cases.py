@@ -224,7 +224,9 @@ def test_grid_step_bits(dtype: torch.dtype, mass: str, own: int | None) -> None:
         def step(*numbers: float, grads: list[Tensor | None] = grads) -> tuple[int, bool, float]:
             *numbers, s = numbers
             scale = [s if i != own else 3.0 * s for i in range(len(q))]
-            results = module.grid_step(a, rest, b, c, grads, inv_mass, *units, scale, *numbers, (2,))
+            results = module.grid_step(
+                a, rest, b, c, grads, inv_mass, *units, scale, *numbers, (2,)
+            )
             return int(results[0]), bool(results[1]), float(results[2])
 
         told = [step(True, True, False, 0.1, 1e-7, 0.5), step(True, False, False, 0.2, 0.0, 0.5)]

@@ -109,12 +109,13 @@ class BAOAB(PhaseOptimizer):
     def _noise(self, space: PhaseSpace) -> list[Tensor | None]:
         """M^{1/2} ξ for each momentum that had a gradient."""
         noise: list[Tensor | None] = []
-        for j, (p, w) in enumerate(zip(space.momenta, space.inv_mass)):
+        for j, (q, p, w) in enumerate(zip(space.params, space.momenta, space.inv_mass)):
             if j in space.skipped:
                 noise.append(None)
                 continue
             xi = torch.empty_like(p).normal_(generator=self._generator(p.device))
-            noise.append(xi.mul_(w.rsqrt() if isinstance(w, Tensor) else 1.0 / math.sqrt(w)))
+            xi.mul_(w.rsqrt() if isinstance(w, Tensor) else 1.0 / math.sqrt(w))
+            noise.append(xi.to(q.dtype))
         return noise
 
     def _generator(self, device: torch.device) -> torch.Generator:
