@@ -13,12 +13,6 @@ constexpr int64_t kChunk = 16384;
 // Below this many elements a second thread costs more than it saves.
 constexpr int64_t kSerial = 65536;
 
-// Asks for the memory that a loop over an array will want 2 KiB further on: left to itself the
-// processor fetches ahead only up to the end of a page of 4 KiB.
-inline __attribute__((always_inline)) void fetch_ahead(const void* x) {
-  __builtin_prefetch(static_cast<const char*>(x) + 2048);
-}
-
 // Sum over items i and chunks c of f(i, first element, length), the chunks shared out among
 // threads.
 template <class Item, class F>
