@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <new>
+#include <string>
 #include <type_traits>
 #include <utility>
 
@@ -35,11 +36,12 @@ ExchangeTable* table = nullptr;
 
 using Range = std::pair<const char*, const char*>;
 
-// Tensor.is_neg, Tensor.requires_grad and Tensor.grad, called without a search for the name:
-// neither torch.Tensor nor torch.nn.Parameter overrides them.
+// Tensor.is_neg and properties of Tensor, called without a search for the name: neither
+// torch.Tensor nor torch.nn.Parameter overrides them.
 PyMethodDef* is_neg = nullptr;
 PyGetSetDef* requires_grad = nullptr;
 PyGetSetDef* grad = nullptr;
+PyGetSetDef* base = nullptr;
 
 // Consumes the reference; an error counts as true.
 bool is_true(PyObject* object) {
@@ -47,6 +49,21 @@ bool is_true(PyObject* object) {
   const bool result = object != Py_False;
   Py_XDECREF(object);
   return result;
+}
+
+// Whether the tensor is a lazily negated view. Such a view comes from a conjugated complex tensor
+// and skips every other number in memory, unless it has but one element or is a view of a view.
+// is_neg lets go of the GIL and costs more than all other questions here, so tensors of several
+// elements that are no view are not asked.
+bool is_negated(py::handle tensor, const View& view) {
+  if (view.count > 1) {
+    PyObject* found = base->get(tensor.ptr(), base->closure);
+    const bool no_view = found == Py_None;
+    if (!found) PyErr_Clear();
+    Py_XDECREF(found);
+    if (no_view) return false;
+  }
+  return is_true(is_neg->ml_meth(tensor.ptr(), nullptr));
 }
 
 }  // namespace
@@ -61,7 +78,7 @@ void set_tensor_types(const py::tuple& types) {
   const auto getter = [&](const char* name) {
     const py::object property = types[0].attr(name);
     if (Py_TYPE(property.ptr()) != &PyGetSetDescr_Type)
-      throw py::import_error("Tensor.requires_grad or Tensor.grad of this torch is not native");
+      throw py::import_error(std::string("Tensor.") + name + " of this torch is not native");
     return reinterpret_cast<PyGetSetDescrObject*>(property.ptr())->d_getset;
   };
   const py::object method = types[0].attr("is_neg");
@@ -70,6 +87,7 @@ void set_tensor_types(const py::tuple& types) {
   is_neg = reinterpret_cast<PyMethodDescrObject*>(method.ptr())->d_method;
   requires_grad = getter("requires_grad");
   grad = getter("grad");
+  base = getter("_base");
   if (is_neg->ml_flags != METH_NOARGS) throw py::import_error("Tensor.is_neg takes arguments");
   table = found;
   tensor_types.clear();
@@ -104,10 +122,9 @@ Held::~Held() {
 }
 
 bool view_of(py::handle object, View& view, bool recording) {
-  if (!has_plain_type(object)) return false;
-  if (is_true(is_neg->ml_meth(object.ptr(), nullptr))) return false;
+  if (!plain_view_of(object, view)) return false;
   if (recording && is_true(requires_grad->get(object.ptr(), requires_grad->closure))) return false;
-  return plain_view_of(object, view);
+  return !is_negated(object, view);
 }
 
 bool plain_view_of(py::handle object, View& view) {

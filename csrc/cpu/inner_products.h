@@ -3,7 +3,7 @@
 // Columns are cut into segments, one for a thread at a time, and a segment into panels. The rows of
 // a panel are widened to fp64 once, into a buffer that stays in cache, from as many items as fill
 // it; every tile of 4 x 4 pairs reads them there. Meanwhile the memory of the next panel is
-// fetched.
+// fetched. Where one tile is all there is, it reads the rows as they lie.
 #pragma once
 
 #include <algorithm>
@@ -73,9 +73,11 @@ GTI_INLINE void flush(Compensated& s, Pair& out) {
 // What is summed for a pair of rows: x_i·y_j − y_i·x_j, x_i·x_j + y_i·y_j, or x_i·y_j.
 enum class Form { skew, metric, gram };
 
-// A panel: rows of x and of y in fp64, `stride` numbers apart, from the first of a tile on.
+// Rows of x and of y, `stride` numbers apart, from the first of a tile on: of a panel in fp64, or
+// as they lie.
+template <class T>
 struct Rows {
-  const double *xi, *yi, *xj, *yj;
+  const T *xi, *yi, *xj, *yj;
   int64_t stride;
 };
 // Cache lines to fetch during a tile, `each` of them with every step.
@@ -84,15 +86,32 @@ struct Ahead {
   int64_t each;
 };
 
+// Lane by lane: GCC makes one instruction of this, and six of __builtin_convertvector.
+template <class V>
+GTI_INLINE Vec<double, kLanes> wide(const V& v) {
+  double lanes[kLanes];
+  for (int l = 0; l < kLanes; ++l) lanes[l] = v[l];
+  return load<kLanes>(lanes);
+}
+
 // Adds n columns, a multiple of kLanes, to the sums of 4 x 4 pairs. kUpper: a tile on the diagonal,
 // where both sides are the same rows, and only pairs of i < j (skew) or i <= j are summed. The two
 // terms of skew have sums of their own there, the second one's in place of (j, i): six sums alone
-// would wait for each other.
-template <Form kForm, bool kUpper, class Sum>
-GTI_INLINE void tile(const Rows& rows, int64_t n, Ahead ahead, Sum* sums) {
+// would wait for each other. kAsTheyLie (a tile on the diagonal): also squares += Σ_c x² + y² of
+// each row, lane by lane, and the memory is fetched that comes next in each row.
+template <Form kForm, bool kUpper, bool kAsTheyLie, class T, class Sum>
+GTI_INLINE void tile(const Rows<T>& rows, int64_t n, Ahead ahead, Sum* sums, double* squares) {
   using V = Vec<double, kLanes>;
   constexpr int kFirst = kForm == Form::skew ? 1 : 0;
-  const Rows r = rows;
+  const Rows<T> r = rows;
+  const auto in_fp64 = [](const T* x) GTI_INLINE_LAMBDA {
+    if constexpr (std::is_same_v<T, double>)
+      return load<kLanes>(x);
+    else
+      return wide(load<kLanes>(x));
+  };
+  V square[kTile];
+  for (int i = 0; kAsTheyLie && i < kTile; ++i) square[i] = load<kLanes>(squares + i * kLanes);
   Sum s[kArea];
 #pragma GCC unroll 16
   for (int e = 0; e < kArea; ++e) s[e] = sums[e];
@@ -102,14 +121,22 @@ GTI_INLINE void tile(const Rows& rows, int64_t n, Ahead ahead, Sum* sums) {
     V x[kTile], y[kTile];
 #pragma GCC unroll 4
     for (int i = 0; i < kTile; ++i) {
-      x[i] = load<kLanes>(r.xi + i * r.stride + c);
-      if (kForm != Form::gram) y[i] = load<kLanes>(r.yi + i * r.stride + c);
+      x[i] = in_fp64(r.xi + i * r.stride + c);
+      if (kForm != Form::gram) y[i] = in_fp64(r.yi + i * r.stride + c);
+      if constexpr (kAsTheyLie) {
+        fetch_ahead(r.xi + i * r.stride + c);
+        square[i] += x[i] * x[i];
+        if (kForm != Form::gram) {
+          fetch_ahead(r.yi + i * r.stride + c);
+          square[i] += y[i] * y[i];
+        }
+      }
     }
 #pragma GCC unroll 4
     for (int j = 0; j < kTile; ++j) {
       constexpr bool kSame = kUpper && kForm != Form::gram;
-      const V v = kSame ? y[j] : load<kLanes>(r.yj + j * r.stride + c);
-      const V u = kSame ? x[j] : kForm == Form::gram ? v : load<kLanes>(r.xj + j * r.stride + c);
+      const V v = kSame ? y[j] : in_fp64(r.yj + j * r.stride + c);
+      const V u = kSame ? x[j] : kForm == Form::gram ? v : in_fp64(r.xj + j * r.stride + c);
 #pragma GCC unroll 4
       for (int i = 0; i < (kUpper ? j + 1 - kFirst : kTile); ++i) {
         Sum& to = s[i * kTile + j];
@@ -128,14 +155,15 @@ GTI_INLINE void tile(const Rows& rows, int64_t n, Ahead ahead, Sum* sums) {
   }
 #pragma GCC unroll 16
   for (int e = 0; e < kArea; ++e) sums[e] = s[e];
+  for (int i = 0; kAsTheyLie && i < kTile; ++i) store(squares + i * kLanes, square[i]);
 }
 
-#define GTI_TILE(form, Sum)                                                               \
-  GTI_CLONES void form##_tile(const Rows& r, int64_t n, Ahead ahead, Sum* sums) {         \
-    tile<Form::form, false, Sum>(r, n, ahead, sums);                                      \
-  }                                                                                       \
-  GTI_CLONES void upper_##form##_tile(const Rows& r, int64_t n, Ahead ahead, Sum* sums) { \
-    tile<Form::form, true, Sum>(r, n, ahead, sums);                                       \
+#define GTI_TILE(form, Sum)                                                                       \
+  GTI_CLONES void form##_tile(const Rows<double>& r, int64_t n, Ahead ahead, Sum* sums) {         \
+    tile<Form::form, false, false>(r, n, ahead, sums, nullptr);                                   \
+  }                                                                                               \
+  GTI_CLONES void upper_##form##_tile(const Rows<double>& r, int64_t n, Ahead ahead, Sum* sums) { \
+    tile<Form::form, true, false>(r, n, ahead, sums, nullptr);                                    \
   }
 GTI_TILE(skew, Plain)
 GTI_TILE(metric, Plain)
@@ -144,21 +172,21 @@ GTI_TILE(skew, Compensated)
 GTI_TILE(metric, Compensated)
 GTI_TILE(gram, Compensated)
 #undef GTI_TILE
+#define GTI_ONLY_TILE(T)                                                                      \
+  GTI_CLONES void only_skew_tile(const Rows<T>& r, int64_t n, Plain* sums, double* squares) { \
+    tile<Form::skew, true, true>(r, n, Ahead{}, sums, squares);                               \
+  }
+GTI_ONLY_TILE(float)
+GTI_ONLY_TILE(bf16)
+GTI_ONLY_TILE(f16)
+#undef GTI_ONLY_TILE
 
 template <class Sum>
-void add_tile(Form form, bool upper, const Rows& r, int64_t n, Ahead ahead, Sum* sums) {
-  using Tile = void(const Rows&, int64_t, Ahead, Sum*);
+void add_tile(Form form, bool upper, const Rows<double>& r, int64_t n, Ahead ahead, Sum* sums) {
+  using Tile = void(const Rows<double>&, int64_t, Ahead, Sum*);
   Tile* const tiles[3][2] = {
       {skew_tile, upper_skew_tile}, {metric_tile, upper_metric_tile}, {gram_tile, upper_gram_tile}};
   tiles[static_cast<int>(form)][upper](r, n, ahead, sums);
-}
-
-// Lane by lane: GCC makes one instruction of this, and six of __builtin_convertvector.
-template <class V>
-GTI_INLINE Vec<double, kLanes> wide(const V& v) {
-  double lanes[kLanes];
-  for (int l = 0; l < kLanes; ++l) lanes[l] = v[l];
-  return load<kLanes>(lanes);
 }
 
 // to[c] = x[c] in fp64, and squares += Σ_c x[c]², lane by lane.
@@ -365,12 +393,30 @@ class InnerProducts {
     double* low = x + rows * stride;
     double* weight = low + low_rows * stride;
 
+    const bool only_skew =
+        forms_.size() == 1 && forms_[0] == Form::skew && tiles_ == 1 && x_ == kTile;
     const int64_t steps = static_cast<int64_t>(forms_.size()) * tiles_ * (panel / kLanes);
     std::vector<const char*> lines;
     Pair* out = sums_.data() + s * pairs();
     int64_t since = 0;  // columns since the lanes' sums were last added up
+    int64_t at = begin;
     int64_t i = std::upper_bound(first_.begin(), first_.end(), begin) - first_.begin() - 1;
-    for (int64_t at = begin; at < end;) {
+    const auto added = [&](int64_t n) {
+      since += n;
+      if (since + panel <= kDepth && at < end) return;
+      for (int64_t e = 0; e < n_sums; ++e) flush(sums[e], out[e]);
+      since = 0;
+    };
+    while (at < end) {
+      if constexpr (std::is_same_v<Sum, Plain>) {
+        if (only_skew && std::min(end, first_[i + 1]) - at >= panel) {
+          add_as_they_lie(items_[i], at - first_[i], panel, sums, squares);
+          at += panel;
+          i += at == first_[i + 1];
+          added(panel);
+          continue;
+        }
+      }
       int64_t n = 0;
       for (; n < panel && at < end; i += at == first_[i + 1]) {
         const Item& item = items_[i];
@@ -410,11 +456,7 @@ class InnerProducts {
         each = (lines_of(items_[i], at - first_[i], panel, lines.data()) + steps - 1) / steps;
       }
       add_panel(x, y, low, stride, n, Ahead{lines.data(), each}, sums);
-      since += n;
-      if (since + panel > kDepth || at == end) {
-        for (int64_t e = 0; e < n_sums; ++e) flush(sums[e], out[e]);
-        since = 0;
-      }
+      added(n);
     }
     for (int64_t r = 0; r < x_ + y_; ++r) {
       const int64_t from = r < x_ || y == x ? r % x_ : px + r - x_;
@@ -429,12 +471,26 @@ class InnerProducts {
     for (size_t f = 0; f < forms_.size(); ++f)
       for (int64_t ti = 0; ti < tiles; ++ti)
         for (int64_t tj = upper_ ? ti : 0; tj < tiles_of_y_; ++tj, sums += kArea) {
-          const Rows r{x + ti * height, y + ti * height, x + tj * height, y + tj * height, stride};
+          const Rows<double> r{x + ti * height, y + ti * height, x + tj * height, y + tj * height,
+                               stride};
           add_tile(forms_[f], upper_ && ti == tj, r, n, ahead, sums);
           ahead.lines += ahead.each * (n / kLanes);
           if constexpr (std::is_same_v<Sum, Compensated>)
             if (weighted_) add_low_tile(low + ti * height, r.yj, stride, n, sums);
         }
+  }
+
+  // n columns of an item from `offset` on, for the one tile of skew sums there is.
+  static void add_as_they_lie(const Item& item, int64_t offset, int64_t n, Plain* sums,
+                              double* squares) {
+    with_dtype(item.dtype, [&](auto* tag) {
+      using T = std::remove_pointer_t<decltype(tag)>;
+      if constexpr (sizeof(T) < sizeof(double)) {
+        const T* x = static_cast<const T*>(item.x) + offset;
+        const T* y = static_cast<const T*>(item.y) + offset;
+        only_skew_tile(Rows<T>{x, y, x, y, item.count}, n, sums, squares);
+      }
+    });
   }
 
   // Writes the cache lines of n columns from `offset` on to `lines`; returns how many.

@@ -39,8 +39,12 @@ GTI_INLINE double advance(T* q, T* p, const T* grad, const T* w, const Factors<C
                           }
                         };
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
+  for (; i + kLanes <= n; i += kLanes) {
+    if constexpr (work != Work::kick) fetch_ahead(q + i);
+    fetch_ahead(p + i);
+    if constexpr (work != Work::drift) fetch_ahead(grad + i);
     step(q ? q + i : nullptr, p + i, grad ? grad + i : nullptr, w ? w + i : nullptr);
+  }
   if (i < n) {  // the tail, padded with zeros
     const size_t bytes = (n - i) * sizeof(T);
     T q_t[kLanes] = {}, p_t[kLanes] = {}, g_t[kLanes] = {}, w_t[kLanes] = {};

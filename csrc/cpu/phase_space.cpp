@@ -8,7 +8,6 @@
 
 #include "gti/phase_space.h"
 
-#include <array>
 #include <atomic>
 
 #include "chunks.h"
@@ -105,8 +104,12 @@ GTI_INLINE double advance(Q* q, P* p, const Q* grad, const P* w, const Factors<C
     }
   };
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
+  for (; i + kLanes <= n; i += kLanes) {
+    if constexpr (drifts) fetch_ahead(q + i);
+    fetch_ahead(p + i);
+    if constexpr (kicks) fetch_ahead(grad + i);
     step(drifts ? q + i : nullptr, p + i, kicks ? grad + i : nullptr, w ? w + i : nullptr);
+  }
   if (i < n) {  // the tail, padded with zeros
     const size_t q_bytes = (n - i) * sizeof(Q), p_bytes = (n - i) * sizeof(P);
     Q q_t[kLanes] = {}, g_t[kLanes] = {};
@@ -188,136 +191,101 @@ struct Partial {
 // conversions of the language these are vector instructions at every level.
 constexpr double kTwo52 = 0x1p52, kMiddle = 0x1.8p52;
 
-// The integer nearest to x, ties to even, for |x| < 2^51. For any other x, NaN too, an integer
+// The integers nearest to x, ties to even, for |x| < 2^51. For any other x, NaN too, an integer
 // outside ±2^51, the same every time.
-GTI_INLINE int64_t nearest(double x) {
-  return static_cast<int64_t>(bits_as<uint64_t>(x + kMiddle) - bits_as<uint64_t>(kMiddle));
+GTI_INLINE Lanes<int64_t> nearest(const Lanes<double>& x) {
+  return bits_as<Lanes<int64_t>>(x + kMiddle) - bits_as<int64_t>(kMiddle);
 }
 
 // v rounded to nearest even, as a conversion would.
-GTI_INLINE double real(int64_t v) {
-  const uint64_t u = static_cast<uint64_t>(v) + (1ull << 63);
-  const auto half = [](uint64_t x) GTI_INLINE_LAMBDA {
-    return bits_as<double>(x | bits_as<uint64_t>(kTwo52));
+GTI_INLINE Lanes<double> real(const Lanes<int64_t>& v) {
+  const auto u = bits_as<Lanes<uint64_t>>(v) + (1ull << 63);
+  const auto half = [](const auto& x) GTI_INLINE_LAMBDA {
+    return bits_as<Lanes<double>>(x | bits_as<uint64_t>(kTwo52));
   };
   return (half(u >> 32) - (kTwo52 + 0x1p31)) * 0x1p32 + (half(u & 0xffffffffu) - kTwo52);
 }
 
 // Not zero in the bits above `power` unless −2^power ≤ x < 2^power.
 template <int power>
-GTI_INLINE uint64_t beyond(int64_t x) {
-  return (static_cast<uint64_t>(x) + (1ull << power)) & (~0ull << (power + 1));
+GTI_INLINE Lanes<uint64_t> beyond(const Lanes<int64_t>& x) {
+  return (bits_as<Lanes<uint64_t>>(x) + (1ull << power)) & (~0ull << (power + 1));
 }
 
-constexpr int64_t kBlock = 256;  // elements that stay in the nearest cache from loop to loop
-
-// The keys of a block: a load is cheaper than a product of 64 bits.
-constexpr auto kBlockKeys = [] {
-  std::array<uint64_t, kBlock> keys{};
-  for (int64_t i = 0; i < kBlock; ++i) keys[i] = i * kChecksumKey;
-  return keys;
-}();
-
-// n numbers in the compute type: where they are, or widened into `buffer`.
-template <class T>
-GTI_INLINE const compute_t<T>* widened(const T* x, compute_t<T>* buffer, int64_t n) {
-  if constexpr (sizeof(T) > 2) {
-    return x;
-  } else {
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) store(buffer + i, load<kLanes>(x + i));
-    for (; i < n; ++i) {
-      T one[kLanes] = {x[i]};
-      buffer[i] = load<kLanes>(one)[0];
-    }
-    return buffer;
-  }
+// Lane by lane: GCC makes one instruction of this, and several of __builtin_convertvector.
+GTI_INLINE Lanes<float> rounded_to(float*, const Lanes<double>& v) {
+  float lanes[kLanes];
+  for (int l = 0; l < kLanes; ++l) lanes[l] = static_cast<float>(v[l]);
+  return load<kLanes>(lanes);
 }
-
-template <class T>
-GTI_INLINE void narrowed(T* x, const float* buffer, int64_t n) {
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) store(x + i, load<kLanes>(buffer + i));
-  for (; i < n; ++i) {
-    T one[kLanes];
-    store(one, Lanes<float>{buffer[i]});
-    x[i] = one[0];
-  }
-}
+GTI_INLINE Lanes<double> rounded_to(double*, const Lanes<double>& v) { return v; }
 
 template <bool kicks, bool drifts, class T>
 GTI_INLINE Partial grid_advance(T* q, const T* remainder, int64_t* Q, int64_t* P, const T* grad,
                                 const double* w, const GridFactors& f, int64_t n) {
   using C = compute_t<T>;
-  alignas(64) double p_real[kBlock];
-  alignas(64) C buffer[kBlock];
+  using I = Lanes<int64_t>;
+  const auto as_integers = [](const int64_t* x) GTI_INLINE_LAMBDA {
+    I v;
+    std::memcpy(&v, x, sizeof(v));
+    return v;
+  };
   Lanes<double> sum = {};
-  uint64_t checksum = 0;
-  uint64_t outside = 0;
-  for (int64_t at = 0; at < n; at += kBlock) {
-    const int64_t m = std::min(kBlock, n - at);
-    int64_t* P_at = P + at;
+  Lanes<uint64_t> checksum = {}, outside = {}, keys = {0, 1, 2, 3, 4, 5, 6, 7};
+  keys = keys * kChecksumKey + f.first;
+  const auto step = [&](T* q_at, const T* r_at, int64_t* Q_at, int64_t* P_at, const T* g_at,
+                        const double* w_at) GTI_INLINE_LAMBDA {
+    I P_v = as_integers(P_at);
     if constexpr (kicks) {
-      const C* g = widened(grad + at, buffer, m);
-      const uint64_t first = f.first + at * kChecksumKey;
-#pragma omp simd reduction(+ : checksum) reduction(| : outside)
-      for (int64_t i = 0; i < m; ++i) {
-        const int64_t by = nearest(f.kick * static_cast<double>(g[i]));
-        const uint64_t z = static_cast<uint64_t>(by) + (first + kBlockKeys[i]);
-        checksum += (z & 0xffffffffu) * (z >> 32);
-        const int64_t P_new = P_at[i] - ((by ^ f.sign) - f.sign);
-        P_at[i] = P_new;
-        p_real[i] = real(P_new);
-        outside |= beyond<kIncrementBits>(by) | beyond<kCoordinateBits>(P_new);
-      }
-    } else {
-#pragma omp simd
-      for (int64_t i = 0; i < m; ++i) p_real[i] = real(P_at[i]);
+      const I by = nearest(f.kick * widen<kLanes>(load<kLanes>(g_at)));
+      const auto z = bits_as<Lanes<uint64_t>>(by) + keys;
+      keys += kLanes * kChecksumKey;
+      checksum += (z & 0xffffffffu) * (z >> 32);
+      P_v -= (by ^ f.sign) - f.sign;
+      std::memcpy(P_at, &P_v, sizeof(P_v));
+      outside |= beyond<kIncrementBits>(by) | beyond<kCoordinateBits>(P_v);
     }
+    const auto p = real(P_v);
     if constexpr (drifts) {
-      int64_t* Q_at = Q + at;
-      const C* r = remainder ? widened(remainder + at, buffer, m) : nullptr;
-      C* q_at;
-      if constexpr (sizeof(T) > 2)
-        q_at = q + at;
-      else
-        q_at = buffer;
-      const auto drift = [&](auto rate_of, auto rest_of) GTI_INLINE_LAMBDA {
-#pragma omp simd reduction(| : outside)
-        for (int64_t i = 0; i < m; ++i) {
-          const int64_t by = nearest(rate_of(i) * p_real[i]);
-          const int64_t Q_new = Q_at[i] + ((by ^ f.sign) - f.sign);
-          Q_at[i] = Q_new;
-          outside |= beyond<kIncrementBits>(by) | beyond<kCoordinateBits>(Q_new);
-          // The unit is a power of two, so the product is exact.
-          q_at[i] = static_cast<C>(rest_of(i, f.unit_q * real(Q_new)));
-        }
-      };
-      const auto one_rate = [&](int64_t) GTI_INLINE_LAMBDA { return f.drift; };
-      const auto rates = [&](int64_t i) GTI_INLINE_LAMBDA { return f.drift * w[at + i]; };
-      const auto no_rest = [](int64_t, double x) GTI_INLINE_LAMBDA { return x; };
-      const auto rest = [&](int64_t i, double x)
-                            GTI_INLINE_LAMBDA { return x + static_cast<double>(r[i]); };
-      if (!w && !r)
-        drift(one_rate, no_rest);
-      else if (!w)
-        drift(one_rate, rest);
-      else if (!r)
-        drift(rates, no_rest);
-      else
-        drift(rates, rest);
-      if constexpr (sizeof(T) == 2) narrowed(q + at, buffer, m);
+      const I by = nearest((w_at ? f.drift * load<kLanes>(w_at) : f.drift + Lanes<double>{}) * p);
+      const I Q_v = as_integers(Q_at) + ((by ^ f.sign) - f.sign);
+      std::memcpy(Q_at, &Q_v, sizeof(Q_v));
+      outside |= beyond<kIncrementBits>(by) | beyond<kCoordinateBits>(Q_v);
+      auto q_v = f.unit_q * real(Q_v);  // the unit is a power of two: exact
+      if (r_at) q_v += widen<kLanes>(load<kLanes>(r_at));
+      store(q_at, rounded_to(static_cast<C*>(nullptr), q_v));
     }
-    if constexpr (drifts || !kicks) {
-      int64_t i = 0;
-      for (; i + kLanes <= m; i += kLanes) {
-        const auto p = load<kLanes>(p_real + i);
-        sum += w ? load<kLanes>(w + at + i) * p * p : p * p;
-      }
-      for (; i < m; ++i) sum[i % kLanes] += (w ? w[at + i] : 1.0) * p_real[i] * p_real[i];
-    }
+    if constexpr (drifts || !kicks) sum += w_at ? load<kLanes>(w_at) * p * p : p * p;
+  };
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    fetch_ahead(P + i);
+    if constexpr (kicks) fetch_ahead(grad + i);
+    if constexpr (drifts) fetch_ahead(Q + i);
+    if constexpr (drifts) fetch_ahead(q + i);
+    step(q + i, remainder ? remainder + i : nullptr, Q + i, P + i, kicks ? grad + i : nullptr,
+         w ? w + i : nullptr);
   }
-  return {lane_sum<double, kLanes>(sum), checksum, outside == 0};
+  if (i < n) {  // the tail, padded with zeros, which count in the checksum alone
+    const int64_t rest = n - i;
+    T q_t[kLanes], r_t[kLanes] = {}, g_t[kLanes] = {};
+    int64_t Q_t[kLanes] = {}, P_t[kLanes] = {};
+    double w_t[kLanes] = {};
+    if (remainder) std::memcpy(r_t, remainder + i, rest * sizeof(T));
+    std::memcpy(Q_t, Q + i, rest * sizeof(int64_t));
+    std::memcpy(P_t, P + i, rest * sizeof(int64_t));
+    if (kicks) std::memcpy(g_t, grad + i, rest * sizeof(T));
+    if (w) std::memcpy(w_t, w + i, rest * sizeof(double));
+    const auto before = checksum;
+    step(q_t, r_t, Q_t, P_t, g_t, w ? w_t : nullptr);
+    for (int64_t l = rest; l < kLanes; ++l) checksum[l] = before[l];
+    if (drifts) std::memcpy(q + i, q_t, rest * sizeof(T));
+    if (drifts) std::memcpy(Q + i, Q_t, rest * sizeof(int64_t));
+    if (kicks) std::memcpy(P + i, P_t, rest * sizeof(int64_t));
+  }
+  uint64_t bits = 0;
+  for (int l = 0; l < kLanes; ++l) bits |= outside[l];
+  return {lane_sum<double, kLanes>(sum), lane_sum<uint64_t, kLanes>(checksum), bits == 0};
 }
 
 #define GTI_GRID_CHUNK(T)                                                                        \

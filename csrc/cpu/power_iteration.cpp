@@ -485,7 +485,12 @@ void power_iteration(const PowerIterationItem* items, int64_t n_items, int k, Po
     total -= tasks[first].bytes;
     run(first++, threads, none);
   }
-  if (count - first == 1) return run(first, 1, none);
+  // So little work that a team would cost more than it saves.
+  const bool little = total * std::min<int64_t>(max_steps, 16) <= kSmallBytes / 4;
+  if (count - first == 1 || little) {
+    while (first < count) run(first++, 1, none);
+    return;
+  }
   const int64_t at_once = std::clamp<int64_t>((count - first) / (16 * threads), 1, 64);
 #pragma omp parallel num_threads(threads)
   {

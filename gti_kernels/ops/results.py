@@ -45,8 +45,8 @@ class Result:
     def from_kernel(cls, first: Any, kernel: Any) -> Self:
         """The first field, and the result of the compiled module that has the others."""
         result = cls.__new__(cls)
-        values = result.__dict__
-        values[cls._first], values["_kernel"] = first, kernel
+        setattr(result, cls._first, first)
+        result._kernel = kernel
         return result
 
     def __iter__(self) -> Iterator[Any]:
