@@ -745,7 +745,7 @@ def test_lr_may_be_a_tensor(form, on_device, monkeypatch):
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
         closure = closure_of(optimizer, potential)
         start = q.detach().clone()
-        for _ in range(5):
+        for _ in range(4):
             optimizer.step(closure) if form == "closure" else optimizer.step(loss=closure())
             scheduler.step()
         state = optimizer.state_dict()  # a snapshot
