@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -78,7 +79,7 @@ class PhaseSpace:
         exact: the reversible grid, at three times the memory of the momenta and at about twice
             the time of a step. It synchronises a GPU once per call.
         seed: of gaussian momenta and of stochastic rounding.
-        backend: "auto", "reference", "cpu" or "triton"; see `gti_kernels.explain`.
+        backend: "auto", "reference", "cpu", "triton" or "cuda"; see `gti_kernels.explain`.
 
     Attributes:
         params, momenta: q and p, lists of tensors (with exact=True, momenta are made when read).
@@ -435,6 +436,8 @@ class _Floats:
             self.plan = backends.compiled.PhasePlan(  # type: ignore[union-attr]
                 space.params, momenta, self.mass, owned
             )
+        else:
+            self.kernels = _kernels(space)
 
     def momenta(self) -> list[Tensor]:
         return self.p
@@ -444,7 +447,7 @@ class _Floats:
         kicks, drifts = kick is not None, drift is not None
         kick, drift = kick if kicks else 0.0, drift if drifts else 0.0
         key = (
-            space.seed * 0x9E3779B97F4A7C15 + space.step_count * 0xD1342543DE82EF95
+            space.seed * 0x9E3779B97F4A7C15 + space.step_count * reference.STEP_KEY
         ) & reference.MASK
         energy = None
         if self.plan is not None:
@@ -482,7 +485,9 @@ class _Floats:
     ) -> Tensor:
         """Without a compiled plan: the ops where they take these tensors, else plain torch."""
         q, p, backend = self.space.params, self.p, self.space.backend
-        same = all(x.dtype == y.dtype for x, y in zip(q, p))
+        same = isinstance(self.kernels, ModuleType) and all(
+            x.dtype == y.dtype for x, y in zip(q, p)
+        )
         floats = not any(isinstance(x, Tensor) for x in (kick, damp, drift))
         if same and floats and not (kicks and None in grads):
             options: dict[str, Any] = {"inv_mass": self.mass, "backend": backend}
@@ -493,8 +498,9 @@ class _Floats:
             else:
                 drift_(q, p, drift, **options)
             return torch.zeros((), dtype=torch.float64, device=self.space.device)
-        kernels = _kernels(self.space)
-        return kernels.phase_step(q, p, grads, self.mass, kicks, drifts, kick, damp, drift, key)
+        return self.kernels.phase_step(
+            q, p, grads, self.mass, kicks, drifts, kick, damp, drift, key
+        )
 
     def scale_(self, factor: Any) -> None:
         if self.p:
@@ -559,6 +565,8 @@ class _Grid:
                 self.unit_q,
                 self.unit_p,
             )
+        else:
+            self.kernels = _kernels(space)
 
     def momenta(self) -> list[Tensor]:
         out = []
@@ -671,7 +679,7 @@ class _Grid:
                 space.check_layouts(op)
                 grads = [None] * len(space.params)
             if self.plan is None:
-                checksum, inside, energy = _kernels(space).grid_step(
+                result = self.kernels.grid_step(
                     space.params,
                     self.rest_q,
                     self.Q,
@@ -682,8 +690,11 @@ class _Grid:
                     self.unit_p,
                     *numbers,
                 )
-                return int(checksum) & reference.MASK, bool(inside), energy
-        result = self.plan.step(grads, *numbers, torch.get_num_threads())
+                if result is not None:
+                    checksum, inside, energy = result
+                    return int(checksum) & reference.MASK, bool(inside), energy
+            else:
+                result = self.plan.step(grads, *numbers, torch.get_num_threads())
         if result is None:
             raise RuntimeError(
                 f"{op}: the plan is stale: the memory of its grid has moved. Make a new PhaseSpace"
@@ -765,10 +776,15 @@ def _compiled(space: PhaseSpace) -> bool:
 
 
 def _kernels(space: PhaseSpace) -> Any:
-    """Where there is no compiled plan: the module of the functions phase_step and grid_step."""
+    """Where there is no compiled plan: what has the functions phase_step and grid_step, a module or
+    the plan's own tables for them."""
     chosen = backends.choose("kick_drift_", space.device, space.backend, {})
     dense = all(_is_dense(q) for q in space.params)
-    if dense and chosen in ("triton", "cuda") and backends.available()["triton"] is None:
+    if dense and chosen == "cuda":
+        from .cuda_kernels.phase_space import Plan
+
+        return Plan()
+    if dense and chosen == "triton":
         from .triton_kernels import phase_space as triton
 
         return triton

@@ -64,15 +64,21 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether the current stream is being captured in a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 class Upload:
     """Rows of numbers, concatenated, as int64 in the memory of a device; nobody waits for it."""
 
     def __init__(self, rows: Sequence[Sequence[int]], device: torch.device) -> None:
+        self.device = device
         self._numbers = torch.tensor([x for row in rows for x in row], dtype=torch.int64)
         self._kept = False
         if device.type != "cuda":
             return
-        if torch.cuda.is_current_stream_capturing():
+        if capturing(device):
             raise RuntimeError(
                 "new tensors inside a CUDA graph capture, where their addresses cannot be "
                 "uploaded: make the same call with the same tensors once before the capture"
@@ -83,10 +89,10 @@ class Upload:
 
     def table(self) -> Tensor:
         """The numbers, for a launch on the current stream."""
-        if self._numbers.device.type != "cuda":
+        if self.device.type != "cuda":
             return self._numbers
-        stream = torch.cuda.current_stream(self._numbers.device)
-        if torch.cuda.is_current_stream_capturing():
+        stream = torch.cuda.current_stream(self.device)
+        if capturing(self.device):
             if not self._kept:
                 _kept_for_graphs.append(self._numbers)  # a replay reads it at any later time
                 self._kept = True

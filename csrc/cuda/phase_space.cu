@@ -72,7 +72,7 @@ __device__ __forceinline__ void unpack(const Piece<T, kSize>& piece, T (&x)[kSiz
 // The elements from `first` on of a tensor, or null.
 template <class T>
 __device__ __forceinline__ T* elements(int64 address, int64 first) {
-  return address ? reinterpret_cast<T*>(address) + first : nullptr;
+  return address ? static_cast<T*>(__cvta_global_to_generic(address)) + first : nullptr;
 }
 
 template <class T, int kSize>
@@ -215,7 +215,7 @@ __device__ __forceinline__ double advance(Momentum* p, Element* q, const Element
 // of q and ∇L, or null: no drift, no kick. A factor is a number or, where it was computed on the
 // device, at an address; so is what is added to the key. partials [chunks]: ½ Σ M⁻¹p², written
 // where it drifts.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
     phase_step(const int64* table, int64 items, const int64* qs, const int64* gs, double kick,
                const double* kick_at, double damp, const double* damp_at, double drift,
                const double* drift_at, uint64 key, const uint64* key_at, double* partials) {
@@ -249,6 +249,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
 // --------------------------------------------------------------------------
 
 constexpr int kPair = 16 / sizeof(int64);
+constexpr int kPairs = 2;  // of a thread and an operand at a time: of four there is no room
 constexpr int kIncrementBits = 51, kCoordinateBits = 62;  // −2^bits ≤ number < 2^bits
 constexpr uint64 kChecksumKey = 0x9e3779b97f4a7c15u;
 constexpr double kMiddle = 0x1.8p52;  // kMiddle + n holds n in its low bits
@@ -284,12 +285,12 @@ __device__ __forceinline__ Sums advance(int64* P, int64* Q, Element* q, const El
                                         bool even, const GridFactors& by) {
   Sums sums;
 #pragma unroll 1
-  for (int64 first = threadIdx.x * kPair; first < count; first += kLoads * kPair * THREADS) {
-    Piece<int64, kPair> raw_P[kLoads], raw_Q[kLoads] = {};
-    Piece<Element, kPair> raw_g[kLoads] = {}, raw_rest[kLoads] = {};
-    Piece<double, kPair> raw_w[kLoads] = {};
+  for (int64 first = threadIdx.x * kPair; first < count; first += kPairs * kPair * THREADS) {
+    Piece<int64, kPair> raw_P[kPairs], raw_Q[kPairs] = {};
+    Piece<Element, kPair> raw_g[kPairs] = {}, raw_rest[kPairs] = {};
+    Piece<double, kPair> raw_w[kPairs] = {};
 #pragma unroll
-    for (int u = 0; u < kLoads; ++u) {
+    for (int u = 0; u < kPairs; ++u) {
       const int64 at = first + u * kPair * THREADS, left = count - at;
       read<kWhole>(raw_P[u], P + at, left, even);
       if (g) read<kWhole>(raw_g[u], g + at, left, even);
@@ -298,7 +299,7 @@ __device__ __forceinline__ Sums advance(int64* P, int64* Q, Element* q, const El
       if (w) read<kWhole>(raw_w[u], w + at, left, even);
     }
 #pragma unroll
-    for (int u = 0; u < kLoads; ++u) {
+    for (int u = 0; u < kPairs; ++u) {
       const int64 at = first + u * kPair * THREADS, left = count - at;
       int64 momentum[kPair], position[kPair];
       double inverse[kPair];
@@ -348,7 +349,7 @@ __device__ __forceinline__ Sums advance(int64* P, int64* Q, Element* q, const El
 // tensors before, counts; then [items + 1] first chunks. qs, gs: as above. sign: 0, or −1 for the
 // way back. [chunks] each: partials as above, written where it drifts; checksums of the increments
 // of the kick; outside, 1 where an increment or a coordinate is beyond its limits, else 0.
-extern "C" __global__ void __launch_bounds__(THREADS)
+extern "C" __global__ void __launch_bounds__(THREADS, 2)
     grid_step(const int64* table, int64 items, const int64* qs, const int64* gs, double kick,
               double drift, double scale, int64 sign, double* partials, uint64* checksums,
               int64* outside) {

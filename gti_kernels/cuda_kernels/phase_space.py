@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..reference.phase_space import signed
-from ..tables import Upload, fp64_bits, on_device, prefix, upload
+from ..reference.phase_space import STEP_KEY, signed
+from ..tables import Upload, capturing, fp64_bits, on_device, prefix, upload
 from . import ragged
 from .compiler import Specialisation
 from .kinetic_energy import fixed_sum
@@ -26,7 +26,7 @@ def phase_specialisation(q: torch.dtype, p: torch.dtype) -> Specialisation:
 
 
 def grid_specialisation(q: torch.dtype) -> Specialisation:
-    """The step on the grid; the source asks for a momentum too."""
+    """The step on the grid: without momenta, but the source asks for a dtype."""
     return ragged.specialisation("grid_step", q, MOMENTUM=0)
 
 
@@ -37,12 +37,14 @@ SPECIALISATIONS = (
 
 
 class Plan:
-    """The steps of one plan: `phase_step` and `grid_step` as in `reference.phase_space`, to the bit
-    (but for the order of the energy's sum), for dense tensors.
+    """The steps of one plan: `phase_step` or `grid_step` of `reference.phase_space`, to the bit (but
+    for the order of the energy's sum), for dense tensors. One launch per combination of dtypes.
 
-    What a plan keeps in place (momenta, masses, the grid) goes into a table on the device at the
-    first step; every later call must have the same. Parameters and gradients may move: their
-    addresses are uploaded where they are others than before. One launch per combination of dtypes.
+    At the first step a table of all that stays where it is (momenta, masses, the grid) goes to the
+    device; a later step returns None, with nothing touched, where any of it has moved. Parameters
+    and gradients may move: a row of their addresses is uploaded where it is another than before.
+
+    In a CUDA graph each replay rounds with other random bits, those of as many steps one by one.
     """
 
     def __init__(self) -> None:
@@ -60,19 +62,27 @@ class Plan:
         damp: float | Tensor,
         drift: float | Tensor,
         key: int,
-    ) -> Tensor:
+    ) -> Tensor | None:
         """kick, damp and drift may be 0-d tensors on the device, which are read there."""
-        device = q[0].device if q else torch.device("cpu")
         if self._launches is None:
             kinds = [phase_specialisation(x.dtype, y.dtype) for x, y in zip(q, p, strict=True)]
             rows = [_addresses(p), *_masses(inv_mass), range(len(q))]
-            self._launches = _launches(kinds, rows, q, device)
-        partials = _empty(self._launches, torch.float64, device)
-        with on_device(device):
+            self._prepare(q, [*p, *inv_mass], kinds, rows)
+        elif self._has_moved():
+            return None
+        partials = self._new(torch.float64)
+        with on_device(self._device):
             factors = [y for x in (kick, damp, drift) for y in _factor(x)]
+            replayed = None
+            if drifts and capturing(self._device):
+                # The key is that of the first replay; the device counts on.
+                replayed, key = self._replayed, key - self._captured * STEP_KEY
+                self._captured += 1
             for each in self._launches:
                 moving = each.moving(q if drifts else None, grad if kicks else None)
-                each.run([*moving, *factors, signed(key), None, each.of(partials)])
+                each.run([*moving, *factors, signed(key), replayed, each.of(partials)])
+            if replayed is not None:
+                replayed.add_(signed(STEP_KEY))
             return fixed_sum(partials) if drifts else partials.new_zeros(())
 
     def grid_step(
@@ -91,20 +101,19 @@ class Plan:
         kick: float,
         drift: float,
         scale: float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
         """The checksum and whether all stayed inside are on the device, for who wants to wait."""
-        device = q[0].device if q else torch.device("cpu")
         if self._launches is None:
             units = [unit_q, [1 / v for v in unit_p], [v / u for u, v in zip(unit_q, unit_p)]]
             rows = [_addresses(P), _addresses(Q), _addresses(remainder), *_masses(inv_mass)]
-            rows += [list(map(fp64_bits, unit)) for unit in units]
+            rows += [[fp64_bits(x) for x in unit] for unit in units]
             rows += [prefix([x.numel() for x in q])[:-1]]
             kinds = [grid_specialisation(x.dtype) for x in q]
-            self._launches = _launches(kinds, rows, q, device)
-        partials = _empty(self._launches, torch.float64, device)
-        checksums = _empty(self._launches, torch.int64, device)
-        outside = _empty(self._launches, torch.int64, device)
-        with on_device(device):
+            self._prepare(q, [*P, *Q, *remainder, *inv_mass], kinds, rows)
+        elif self._has_moved():
+            return None
+        partials, checksums, outside = map(self._new, (torch.float64, torch.int64, torch.int64))
+        with on_device(self._device):
             for each in self._launches:
                 moving = each.moving(q if drifts else None, grad if kicks else None)
                 results = [each.of(x) for x in (partials, checksums, outside)]
@@ -112,67 +121,70 @@ class Plan:
             energy = fixed_sum(partials) if drifts else partials.new_zeros(())
             return checksums.sum(), ~outside.any(), energy
 
+    def _prepare(
+        self,
+        q: list[Tensor],
+        fixed: Sequence[Tensor | float | None],
+        kinds: Sequence[Specialisation],
+        rows: Sequence[Row],
+    ) -> None:
+        """Groups the tensors by kernel, without those that are empty, and uploads their tables."""
+        self._device = q[0].device if q else torch.device("cpu")
+        self._fixed = [x for x in fixed if isinstance(x, Tensor)]
+        self._places = _addresses(self._fixed)
+        self._replayed = torch.zeros((), dtype=torch.int64, device=self._device)
+        self._captured = 0
+        groups: dict[Specialisation, list[int]] = {}
+        for i, (kind, x) in enumerate(zip(kinds, q, strict=True)):
+            if x.numel():
+                groups.setdefault(kind, []).append(i)
+        launches, first = [], 0
+        for kind, index in groups.items():
+            counts = [q[i].numel() for i in index]
+            starts = prefix([-(-n // ragged.chunk()) for n in counts])
+            table = Upload([*([row[i] for i in index] for row in rows), counts, starts], self._device)
+            launches.append(_Launch(kind, index, table, slice(first, first + starts[-1])))
+            first += starts[-1]
+        self._launches, self._blocks = launches, first
+
+    def _has_moved(self) -> bool:
+        return _addresses(self._fixed) != self._places
+
+    def _new(self, dtype: torch.dtype) -> Tensor:
+        """A number for each block of all launches."""
+        return torch.empty(self._blocks, dtype=dtype, device=self._device)
+
 
 class _Launch:
-    """The tensors of a plan that one launch takes, and their table."""
+    """The tensors of a plan that share a kernel."""
 
     def __init__(
-        self,
-        kernel: Specialisation,
-        rows: list[Row],
-        index: list[int],
-        blocks: slice,
-        device: torch.device,
+        self, kernel: Specialisation, index: list[int], table: Upload, blocks: slice
     ) -> None:
-        self._kernel, self._index, self._blocks, self._device = kernel, index, blocks, device
-        self._table = Upload(rows, device)
-        self._moving: dict[str, tuple[Row, Upload]] = {}
+        self._kernel, self._index, self._table, self._blocks = kernel, index, table, blocks
+        self._rows: dict[str, tuple[Row, Upload]] = {}
 
-    def of(self, partials: Tensor) -> Tensor:
-        """The part of the results of all blocks that is this launch's."""
-        return partials[self._blocks]
+    def of(self, results: Tensor) -> Tensor:
+        """Those of this launch, of the results of all blocks."""
+        return results[self._blocks]
 
-    def moving(self, q: Sequence[Tensor] | None, grad: Grads | None) -> list[Tensor | None]:
-        """The addresses of this step on the device; None for a list that takes no part."""
-        return [self._uploaded("q", q), self._uploaded("grad", grad)]
+    def moving(self, q: Grads | None, grad: Grads | None) -> list[Tensor | None]:
+        """Rows of addresses on the device; None for a list that takes no part."""
+        return [self._row("q", q), self._row("grad", grad)]
 
-    def _uploaded(self, name: str, xs: Grads | None) -> Tensor | None:
+    def _row(self, name: str, xs: Grads | None) -> Tensor | None:
         if xs is None:
             return None
         row = tuple(_addresses([xs[i] for i in self._index]))
-        known = self._moving.get(name)
+        known = self._rows.get(name)
         if known is None or known[0] != row:
-            known = self._moving[name] = row, upload((row,), self._device)
+            known = self._rows[name] = row, upload((row,), self._table.device)
         return known[1].table()
 
     def run(self, args: list[Any]) -> None:
         blocks = self._blocks.stop - self._blocks.start
         args = [self._table.table(), len(self._index), *args]
-        run(STEM, self._kernel, blocks, args, self._device)
-
-
-def _launches(
-    kinds: Sequence[Specialisation], rows: Sequence[Row], q: list[Tensor], device: torch.device
-) -> list[_Launch]:
-    """One for each kind. Empty tensors are left out."""
-    found: dict[Hashable, list[int]] = {}
-    for i, (kind, x) in enumerate(zip(kinds, q, strict=True)):
-        if x.numel():
-            found.setdefault(kind, []).append(i)
-    out, first = [], 0
-    for index in found.values():
-        counts = [q[i].numel() for i in index]
-        starts = prefix([-(-n // ragged.chunk()) for n in counts])
-        table = [*([row[i] for i in index] for row in rows), counts, starts]
-        blocks = slice(first, first + starts[-1])
-        out.append(_Launch(kinds[index[0]], table, index, blocks, device))
-        first = blocks.stop
-    return out
-
-
-def _empty(launches: list[_Launch], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A number for each block."""
-    return torch.empty(launches[-1]._blocks.stop if launches else 0, dtype=dtype, device=device)
+        run(STEM, self._kernel, blocks, args, self._table.device)
 
 
 def _addresses(xs: Sequence[Tensor | float | None]) -> list[int]:
@@ -181,7 +193,7 @@ def _addresses(xs: Sequence[Tensor | float | None]) -> list[int]:
 
 
 def _masses(inv_mass: Sequence[float | Tensor]) -> list[Row]:
-    """Rows of addresses and of numbers."""
+    """A row of addresses and one of numbers."""
     numbers = [fp64_bits(1.0 if isinstance(w, Tensor) else w) for w in inv_mass]
     return [_addresses(inv_mass), numbers]
 

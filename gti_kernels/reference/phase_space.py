@@ -13,6 +13,7 @@ Grads = Sequence[Tensor | None]
 
 MASK = 2**64 - 1
 CHECKSUM_KEY = 0x9E3779B97F4A7C15
+STEP_KEY = 0xD1342543DE82EF95  # from one drift to the next, the key of stochastic rounding grows by it
 INCREMENT_LIMIT, COORDINATE_LIMIT = 2.0**51, 2**62
 
 
