@@ -37,8 +37,9 @@ SPECIALISATIONS = (
 
 
 class Plan:
-    """The steps of one plan: `phase_step` or `grid_step` of `reference.phase_space`, to the bit (but
-    for the order of the energy's sum), for dense tensors. One launch per combination of dtypes.
+    """The steps of one plan of dense tensors: `phase_step` or `grid_step` of
+    `reference.phase_space`, to the bit (but for the order of the energy's sum). One launch per
+    combination of dtypes.
 
     At the first step a table of all that stays where it is (momenta, masses, the grid) goes to the
     device; a later step returns None, with nothing touched, where any of it has moved. Parameters
@@ -48,7 +49,8 @@ class Plan:
     """
 
     def __init__(self) -> None:
-        self._launches: list[_Launch] | None = None
+        self._places: list[int] | None = None  # of what stays
+        self._launches: list[_Launch] = []
 
     def phase_step(
         self,
@@ -64,7 +66,7 @@ class Plan:
         key: int,
     ) -> Tensor | None:
         """kick, damp and drift may be 0-d tensors on the device, which are read there."""
-        if self._launches is None:
+        if self._places is None:
             kinds = [phase_specialisation(x.dtype, y.dtype) for x, y in zip(q, p, strict=True)]
             rows = [_addresses(p), *_masses(inv_mass), range(len(q))]
             self._prepare(q, [*p, *inv_mass], kinds, rows)
@@ -103,7 +105,7 @@ class Plan:
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """The checksum and whether all stayed inside are on the device, for who wants to wait."""
-        if self._launches is None:
+        if self._places is None:
             units = [unit_q, [1 / v for v in unit_p], [v / u for u, v in zip(unit_q, unit_p)]]
             rows = [_addresses(P), _addresses(Q), _addresses(remainder), *_masses(inv_mass)]
             rows += [[fp64_bits(x) for x in unit] for unit in units]
@@ -138,17 +140,18 @@ class Plan:
         for i, (kind, x) in enumerate(zip(kinds, q, strict=True)):
             if x.numel():
                 groups.setdefault(kind, []).append(i)
-        launches, first = [], 0
+        first = 0
         for kind, index in groups.items():
             counts = [q[i].numel() for i in index]
             starts = prefix([-(-n // ragged.chunk()) for n in counts])
-            table = Upload([*([row[i] for i in index] for row in rows), counts, starts], self._device)
-            launches.append(_Launch(kind, index, table, slice(first, first + starts[-1])))
+            mine = [*([row[i] for i in index] for row in rows), counts, starts]
+            blocks = slice(first, first + starts[-1])
+            self._launches.append(_Launch(kind, index, Upload(mine, self._device), blocks))
             first += starts[-1]
-        self._launches, self._blocks = launches, first
+        self._blocks = first
 
     def _has_moved(self) -> bool:
-        return _addresses(self._fixed) != self._places
+        return [x.data_ptr() for x in self._fixed] != self._places
 
     def _new(self, dtype: torch.dtype) -> Tensor:
         """A number for each block of all launches."""
