@@ -23,12 +23,16 @@ class Plan {
       : params_(std::move(params)), owned_(std::move(owned)), views_(py::len(params_)) {
     shapes_.resize(views_.size());
     grads_.resize(views_.size());
+    seen_.resize(views_.size());
+    skipped_.resize(views_.size());
+    held_.reserve(views_.size());
     if (!views_of(owned_, owned_views_)) throw py::value_error("owned: not plain CPU tensors");
     for (size_t i = 0; i < views_.size(); ++i) {
       if (!view_of(params_[i], views_[i]) || !is_dense(views_[i]))
         throw py::value_error("params: not plain, dense CPU tensors");
       shapes_[i].assign(views_[i].shape, views_[i].shape + views_[i].ndim);
       shapes_[i].insert(shapes_[i].end(), views_[i].strides, views_[i].strides + views_[i].ndim);
+      held_.emplace_back(params_[i]);
     }
     fill_written();
   }
@@ -36,12 +40,25 @@ class Plan {
   size_t size() const { return views_.size(); }
   const View& q(size_t i) const { return views_[i]; }
   const void* grad(size_t i) const { return grads_[i]; }
+  bool skipped(size_t i) const { return skipped_[i]; }
 
-  // Reads the addresses anew; `grads`: a list of tensors or None, or None for the .grad of each
-  // parameter; unread unless `kicks`. False where anything is not what it was, or not what the
+  // Places of the parameters that took no part in the last step.
+  py::tuple skipped() const {
+    py::list places;
+    if (any_skipped_)
+      for (size_t i = 0; i < size(); ++i)
+        if (skipped_[i]) places.append(i);
+    return py::tuple(places);
+  }
+
+  // Reads the addresses anew. grads: a list of tensors or None, or None for the .grad of each
+  // parameter; a parameter without one is skipped. Unread unless `kicks`: then those are skipped
+  // whose places `skipped` has. False where anything is not what it was, or not what the
   // kernel takes: then nothing has been touched.
-  bool refresh(py::handle grads, bool kicks) {
+  bool refresh(py::handle grads, const py::tuple& skipped, bool kicks) {
     View view;
+    if (any_skipped_) std::fill(skipped_.begin(), skipped_.end(), 0);
+    any_skipped_ = false;
     for (size_t i = 0; i < owned_views_.size(); ++i)
       if (!plain_view_of(PyList_GET_ITEM(owned_.ptr(), i), view) ||
           view.data != owned_views_[i].data || view.bytes != owned_views_[i].bytes)
@@ -59,7 +76,10 @@ class Plan {
     }
     if (moved_) fill_written();
     if (overlap_) return false;
-    if (!kicks) return true;
+    if (!kicks) {
+      for (const auto& place : skipped) skipped_.at(place.cast<size_t>()) = any_skipped_ = true;
+      return true;
+    }
     const bool given = !grads.is_none();
     if (given && (!PyList_Check(grads.ptr()) ||
                   PyList_GET_SIZE(grads.ptr()) != static_cast<Py_ssize_t>(size())))
@@ -68,15 +88,19 @@ class Plan {
       const py::object grad =
           given ? py::reinterpret_borrow<py::object>(PyList_GET_ITEM(grads.ptr(), i))
                 : grad_of(PyList_GET_ITEM(params_.ptr(), i));
-      grads_[i] = nullptr;
-      if (grad.is_none()) continue;
+      if (grad.is_none()) {
+        skipped_[i] = any_skipped_ = true;
+        continue;
+      }
       // A lazily negated view is the imaginary part of a conjugate: its stride of 2 is no layout of
       // a parameter, unless there is but one element.
       const bool seen =
           given || views_[i].count == 1 ? view_of(grad, view) : plain_view_of(grad, view);
-      if (!seen || view.dtype != views_[i].dtype || !has_shape(view, shapes_[i]) ||
-          (view.count && is_written(view)))
-        return false;
+      if (!seen || view.dtype != views_[i].dtype || !has_shape(view, shapes_[i])) return false;
+      if (view.data != seen_[i]) {
+        if (view.count && is_written(view)) return false;
+        seen_[i] = view.data;
+      }
       grads_[i] = view.data;
     }
     return true;
@@ -102,6 +126,7 @@ class Plan {
         if (v.count) written_.emplace_back(v.data, v.data + v.bytes);
     std::sort(written_.begin(), written_.end());
     moved_ = overlap_ = false;
+    std::fill(seen_.begin(), seen_.end(), nullptr);
     for (size_t i = 1; i < written_.size(); ++i)
       overlap_ |= written_[i].first < written_[i - 1].second;
   }
@@ -113,9 +138,13 @@ class Plan {
   }
 
   py::list params_, owned_;
+  std::vector<Held> held_;
   std::vector<View> views_, owned_views_;  // of owned_: data, bytes and count only
   std::vector<std::vector<int64_t>> shapes_;
   std::vector<const void*> grads_;
+  std::vector<const void*> seen_;  // the last gradients that were found outside of written_
+  std::vector<char> skipped_;
+  bool any_skipped_ = false;
   std::vector<Range> written_;
   bool moved_ = false, overlap_ = false;
 };
@@ -149,25 +178,35 @@ class PhasePlan {
     for (size_t i = 0; i < items_.size(); ++i) {
       View p;
       if (!view_of(momenta[i], p)) throw py::value_error("momenta: not plain CPU tensors");
-      items_[i] = {plan_.q(i).dtype, p.dtype, plan_.q(i).count,          nullptr,
-                   p.data,           nullptr, mass_address(inv_mass[i]), scalar_mass(inv_mass[i])};
+      items_[i] = {plan_.q(i).dtype,
+                   p.dtype,
+                   plan_.q(i).count,
+                   nullptr,
+                   p.data,
+                   nullptr,
+                   mass_address(inv_mass[i]),
+                   scalar_mass(inv_mass[i]),
+                   false};
     }
   }
 
   // The kinetic energy, or None where the plan is not what it was or a gradient is odd.
-  py::object step(py::handle grads, bool kicks, bool drifts, double kick, double damp, double drift,
-                  uint64_t key, int threads) {
+  py::object step(py::handle grads, const py::tuple& skipped, bool kicks, bool drifts, double kick,
+                  double damp, double drift, uint64_t key, int threads) {
     if (!(std::isfinite(kick) && std::isfinite(damp) && std::isfinite(drift)) ||
-        !plan_.refresh(grads, kicks))
+        !plan_.refresh(grads, skipped, kicks))
       return py::none();
     for (size_t i = 0; i < items_.size(); ++i) {
       items_[i].q = plan_.q(i).data;
       items_[i].grad = plan_.grad(i);
+      items_[i].skipped = plan_.skipped(i);
     }
     const PhaseStep step{kicks, drifts, kick, damp, drift, key};
     return scalar_tensor(
         released(items_, [&] { return phase_step(items_.data(), items_.size(), step, threads); }));
   }
+
+  py::tuple skipped() const { return plan_.skipped(); }
 
  private:
   Plan plan_;
@@ -191,19 +230,25 @@ class GridPlan {
                    static_cast<const double*>(mass_address(inv_mass[i])),
                    scalar_mass(inv_mass[i]),
                    unit_q[i],
-                   unit_p[i]};
+                   unit_p[i],
+                   1.0,
+                   false};
   }
 
   // (checksum, inside, kinetic energy), or None where the plan is not what it was or a gradient is
   // odd.
-  py::object step(py::handle grads, bool kicks, bool drifts, bool back, double kick, double drift,
-                  double scale, int threads) {
-    if (!plan_.refresh(grads, kicks)) return py::none();
+  // scale: s of all tensors but those in `own`, a dict of place and s.
+  py::object step(py::handle grads, const py::tuple& skipped, bool kicks, bool drifts, bool back,
+                  double kick, double drift, double scale, const py::dict& own, int threads) {
+    if (!plan_.refresh(grads, skipped, kicks)) return py::none();
     for (size_t i = 0; i < items_.size(); ++i) {
       items_[i].q = plan_.q(i).data;
       items_[i].grad = plan_.grad(i);
+      items_[i].scale = scale;
+      items_[i].skipped = plan_.skipped(i);
     }
-    const GridStep step{kicks, drifts, back, kick, drift, scale};
+    for (const auto& [place, s] : own) items_.at(place.cast<size_t>()).scale = s.cast<double>();
+    const GridStep step{kicks, drifts, back, kick, drift};
     const GridResult result =
         released(items_, [&] { return grid_step(items_.data(), items_.size(), step, threads); });
     return py::make_tuple(result.checksum, result.inside, scalar_tensor(result.energy));
@@ -219,7 +264,8 @@ class GridPlan {
 void bind_phase_space(py::module_& module) {
   py::class_<PhasePlan>(module, "PhasePlan")
       .def(py::init<py::list, py::list, py::list, py::list>())
-      .def("step", &PhasePlan::step);
+      .def("step", &PhasePlan::step)
+      .def("skipped", &PhasePlan::skipped);
   py::class_<GridPlan>(module, "GridPlan")
       .def(py::init<py::list, py::list, py::list, py::list, py::list, py::list,
                     const std::vector<double>&, const std::vector<double>&>())

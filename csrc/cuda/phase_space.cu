@@ -346,13 +346,14 @@ __device__ __forceinline__ Sums advance(int64* P, int64* Q, Element* q, const El
 
 // table [items] each: addresses of P, Q, the remainder (null: zero) and M⁻¹ (null where it is one
 // number), that number (1 where it is not), unit_q, 1/unit_p, unit_p/unit_q, elements of the
-// tensors before, counts; then [items + 1] first chunks. qs, gs: as above. sign: 0, or −1 for the
-// way back. [chunks] each: partials as above, written where it drifts; checksums of the increments
-// of the kick; outside, 1 where an increment or a coordinate is beyond its limits, else 0.
+// tensors before, counts; then [items + 1] first chunks. qs, gs: as above. scales: s of each tensor
+// [items], or null where it is `scale` for all. sign: 0, or −1 for the way back. [chunks] each:
+// partials as above, written where it drifts; checksums of the increments of the kick; outside, 1
+// where an increment or a coordinate is beyond its limits, else 0.
 extern "C" __global__ void __launch_bounds__(THREADS, 2)
     grid_step(const int64* table, int64 items, const int64* qs, const int64* gs, double kick,
-              double drift, double scale, int64 sign, double* partials, uint64* checksums,
-              int64* outside) {
+              double drift, double scale, const double* scales, int64 sign, double* partials,
+              uint64* checksums, int64* outside) {
   const Chunk chunk = find_chunk(table + 9 * items, items);
   const int64* row = table + chunk.item;
   const int64 g_address = gs ? gs[chunk.item] : 0;
@@ -372,14 +373,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2)
   const Element* rest = elements<const Element>(rest_address, chunk.first);
   const double* w = elements<const double>(w_address, chunk.first);
   const uint64 place = row[8 * items] + chunk.first;
-  const GridFactors by = {times(kick, per_unit_p), times(times(drift, ratio), mass), unit_q, sign,
-                          (place + 1) * kChecksumKey};
+  const double s = scales ? scales[chunk.item] : scale;
+  const GridFactors by = {times(kick / s, per_unit_p), times(times(times(drift, s), ratio), mass),
+                          unit_q, sign, (place + 1) * kChecksumKey};
   Sums sums;
   if (qs || g)
     sums = even && chunk.count == kChunk
                ? advance<true>(P, Q, q, g, rest, w, kChunk, true, by)
                : advance<false>(P, Q, q, g, rest, w, chunk.count, even, by);
-  const double unit = scale * (ratio * unit_q);
+  const double unit = s * (ratio * unit_q);
   const double energy = 0.5 * mass * unit * unit * block_sum(sums.squares);
   const int beyond_limits = __syncthreads_count(sums.outside != 0);  // and the sums stay apart
   const uint64 checksum = block_sum(sums.checksum);

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -64,6 +64,7 @@ class Plan:
         damp: float | Tensor,
         drift: float | Tensor,
         key: int,
+        skipped: Collection[int] = (),
     ) -> Tensor | None:
         """kick, damp and drift may be 0-d tensors on the device, which are read there."""
         if self._places is None:
@@ -73,6 +74,7 @@ class Plan:
         elif self._has_moved():
             return None
         partials = self._new(torch.float64)
+        qs, gs = _moving(q, drifts, skipped), _moving(grad, kicks, skipped)
         with on_device(self._device):
             factors = [y for x in (kick, damp, drift) for y in _factor(x)]
             replayed = None
@@ -81,7 +83,7 @@ class Plan:
                 replayed, key = self._replayed, key - self._captured * STEP_KEY
                 self._captured += 1
             for each in self._launches:
-                moving = each.moving(q if drifts else None, grad if kicks else None)
+                moving = [each.row("q", qs), each.row("grad", gs)]
                 each.run([*moving, *factors, signed(key), replayed, each.of(partials)])
             if replayed is not None:
                 replayed.add_(signed(STEP_KEY))
@@ -97,12 +99,13 @@ class Plan:
         inv_mass: Sequence[float | Tensor],
         unit_q: Sequence[float],
         unit_p: Sequence[float],
+        scale: Sequence[float],
         kicks: bool,
         drifts: bool,
         back: bool,
         kick: float,
         drift: float,
-        scale: float,
+        skipped: Collection[int] = (),
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """The checksum and whether all stayed inside are on the device, for who wants to wait."""
         if self._places is None:
@@ -115,11 +118,13 @@ class Plan:
         elif self._has_moved():
             return None
         partials, checksums, outside = map(self._new, (torch.float64, torch.int64, torch.int64))
+        qs, gs = _moving(q, drifts, skipped), _moving(grad, kicks, skipped)
+        scales = [fp64_bits(s) for s in scale] if len(set(scale)) > 1 else None
         with on_device(self._device):
             for each in self._launches:
-                moving = each.moving(q if drifts else None, grad if kicks else None)
-                results = [each.of(x) for x in (partials, checksums, outside)]
-                each.run([*moving, kick, drift, scale, -1 if back else 0, *results])
+                moving = [each.row("q", qs), each.row("grad", gs)]
+                numbers = [kick, drift, scale[0], each.row("scale", scales), -1 if back else 0]
+                each.run([*moving, *numbers, *map(each.of, (partials, checksums, outside))])
             energy = fixed_sum(partials) if drifts else partials.new_zeros(())
             return checksums.sum(), ~outside.any(), energy
 
@@ -171,14 +176,11 @@ class _Launch:
         """Those of this launch, of the results of all blocks."""
         return results[self._blocks]
 
-    def moving(self, q: Grads | None, grad: Grads | None) -> list[Tensor | None]:
-        """Rows of addresses on the device; None for a list that takes no part."""
-        return [self._row("q", q), self._row("grad", grad)]
-
-    def _row(self, name: str, xs: Grads | None) -> Tensor | None:
-        if xs is None:
+    def row(self, name: str, numbers: list[int] | None) -> Tensor | None:
+        """Those of its tensors on the device, of one for each tensor of the plan."""
+        if numbers is None:
             return None
-        row = tuple(_addresses([xs[i] for i in self._index]))
+        row = tuple([numbers[i] for i in self._index])
         known = self._rows.get(name)
         if known is None or known[0] != row:
             known = self._rows[name] = row, upload((row,), self._table.device)
@@ -193,6 +195,16 @@ class _Launch:
 def _addresses(xs: Sequence[Tensor | float | None]) -> list[int]:
     """0 where there is no tensor."""
     return [x.data_ptr() if isinstance(x, Tensor) else 0 for x in xs]
+
+
+def _moving(xs: Grads, takes_part: bool, skipped: Collection[int]) -> list[int] | None:
+    """Addresses of this step, 0 for a tensor that is skipped; None where the list takes no part."""
+    if not takes_part:
+        return None
+    addresses = _addresses(xs)
+    for i in skipped:
+        addresses[i] = 0
+    return addresses
 
 
 def _masses(inv_mass: Sequence[float | Tensor]) -> list[Row]:

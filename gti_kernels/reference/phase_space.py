@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -28,19 +28,24 @@ def phase_step(
     damp: float,
     drift: float,
     key: int,
+    skipped: Collection[int] = (),
 ) -> Tensor:
     """p ← damp·p − kick·∇L, then q ← q + drift·M⁻¹p, each if the step has it.
 
-    A tensor whose gradient is None is not kicked. Arithmetic is fp64 if q or p is, else fp32. A q
-    of 16 bits is rounded up or down at random, by `key`; other numbers are rounded to nearest.
-    Returns ½ pᵀM⁻¹p of the new p where it drifts, else 0 (fp64).
+    A tensor whose gradient is None in a kick, or whose place is in `skipped`, keeps p and q.
+    Arithmetic is fp64 if q or
+    p is, else fp32. A q of 16 bits is rounded up or down at random, by `key`; other numbers are
+    rounded to nearest. Returns ½ pᵀM⁻¹p of the new p, skipped ones included, where it drifts, else
+    0 (fp64).
     """
     energy = torch.zeros((), dtype=torch.float64, device=q[0].device if q else None)
     for i, (q_t, p_t, g_t, w_t) in enumerate(zip(q, p, grad, inv_mass, strict=True)):
         compute = torch.promote_types(torch.promote_types(q_t.dtype, p_t.dtype), torch.float32)
-        if kicks and g_t is not None:
+        stays = i in skipped or (kicks and g_t is None)
+        if kicks and not stays:
+            assert g_t is not None
             p_t.copy_(damp * p_t.to(compute) - kick * g_t.to(compute))
-        if drifts:
+        if drifts and not stays:
             wide = p_t.to(compute)
             if isinstance(w_t, Tensor):
                 moved = q_t.to(compute) + drift * (w_t.to(compute) * wide)
@@ -49,6 +54,7 @@ def phase_step(
             if q_t.element_size() == 2:
                 moved = stochastically_rounded(moved.float(), q_t.dtype, mixed(key + i))
             q_t.copy_(moved)
+        if drifts:
             energy += 0.5 * (w_t * p_t.double().square()).sum()
     return energy
 
@@ -62,21 +68,24 @@ def grid_step(
     inv_mass: Sequence[float | Tensor],
     unit_q: Sequence[float],
     unit_p: Sequence[float],
+    scale: Sequence[float],
     kicks: bool,
     drifts: bool,
     back: bool,
     kick: float,
     drift: float,
-    scale: float,
+    skipped: Collection[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """P ← P ∓ ⌊kick/unit_p·∇L⌉, then Q ← Q ± ⌊(drift·unit_p/unit_q·w)·P⌉ and q = unit_q·Q +
+    """P ← P ∓ ⌊kick/s/unit_p·∇L⌉, then Q ← Q ± ⌊(drift·s·unit_p/unit_q·w)·P⌉ and q = unit_q·Q +
     remainder; the lower signs where `back`.
 
-    Q, P: int64. inv_mass: floats, or fp64 tensors. ⌊·⌉ is the nearest integer, ties to even; each
-    product is rounded to fp64. An increment outside its limit counts as zero, so that the opposite
-    step undoes this one all the same. Returns the checksum of the kick's increments (int64),
-    whether all stayed inside their limits (bool), and ½ Σ w (scale·unit_p·P)² of the new P where it
-    drifts (fp64), as 0-d tensors.
+    Q, P: int64. inv_mass: floats, or fp64 tensors. scale: s of each tensor. A tensor whose
+    gradient is None in a kick, or whose place is in `skipped`, keeps P and Q. ⌊·⌉ is the
+    nearest integer, ties to even; each product is rounded to fp64. An increment outside its limit
+    counts as zero, so that the opposite step undoes this one all the same. Returns the checksum of
+    the kick's increments (int64), whether all stayed inside their limits (bool), and
+    ½ Σ w (s·unit_p·P)² of the new P, skipped ones included, where it drifts (fp64), as 0-d
+    tensors.
     """
     device = q[0].device if q else None
     checksum = torch.zeros((), dtype=torch.int64, device=device)
@@ -85,16 +94,18 @@ def grid_step(
     sign = -1 if back else 1
     first = prefix([x.numel() for x in q])
     for i, g in enumerate(grad):
-        P_t, Q_t, w = P[i], Q[i], inv_mass[i]
-        if kicks and g is not None:
-            x = (kick / unit_p[i]) * g.double()
+        P_t, Q_t, w, s = P[i], Q[i], inv_mass[i], scale[i]
+        stays = i in skipped or (kicks and g is None)
+        if kicks and not stays:
+            assert g is not None
+            x = (kick / s / unit_p[i]) * g.double()
             small = x.abs() < INCREMENT_LIMIT
             by = torch.where(small, x, 0.0).round().to(torch.int64)
             P_t.sub_(sign * by)
             checksum += _checksum(by, first[i])
             inside &= small.all() & _in_limits(P_t)
-        if drifts:
-            rate = drift * (unit_p[i] / unit_q[i]) * w
+        if drifts and not stays:
+            rate = (drift * s) * (unit_p[i] / unit_q[i]) * w
             x = rate * P_t.double()
             small = x.abs() < INCREMENT_LIMIT
             Q_t.add_(sign * torch.where(small, x, 0.0).round().to(torch.int64))
@@ -102,7 +113,8 @@ def grid_step(
             r = remainder[i]
             moved = unit_q[i] * Q_t.double()
             q[i].copy_(by_way_of_fp32(moved if r is None else moved + r.double(), q[i].dtype))
-            energy += 0.5 * (w * (scale * unit_p[i] * P_t.double()).square()).sum()
+        if drifts:
+            energy += 0.5 * (w * (s * unit_p[i] * P_t.double()).square()).sum()
     return checksum, inside, energy
 
 
