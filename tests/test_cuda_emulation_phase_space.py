@@ -75,7 +75,7 @@ def walk(backend, q, **options):
         grads = [torch.sin(x) for x in q]
         energies.append(float(space.kick_drift_(0.1, 0.2, damp=0.9, grads=grads)))
     space.kick_(0.3, damp=0.7, grads=some(grads, 5))
-    space.drift_(-0.1)
+    space.drift_(-0.1, skipped=(1, 5))
     energies.append(float(space.kick_drift_(0.3, 0.1, grads=some(grads, 2))))
     space.scale_momenta_(0.75)
     space.drift_(0.05)
