@@ -127,7 +127,7 @@ def test_stochastic_rounding_of_every_number(emulated, dtype, wide):
     """Subnormal, overflowing and infinite ones too, many times; NaN stays NaN."""
     emulated()
     every = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
-    momentum = numbers(2**16, dtype=wide).mul(2.0 ** (-torch.arange(2**16) % 37).double())
+    momentum = numbers(2**16, dtype=wide).mul(2.0 ** -(torch.arange(2**16) % 37).double())
     runs = []
     for backend in ("cpu", "cuda"):
         q = every.clone()
