@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, get_num_threads
 
 from . import backends
 from .exact_moves import DRIFT, KICK, SCALING, Moves
@@ -219,7 +219,7 @@ class Grid:
         space, result = self.space, None
         if self.plan is not None:
             own = {i: power_of_two(self.log + offset) for i, offset in self.own.items()}
-            s, threads = power_of_two(self.log), torch.get_num_threads()
+            s, threads = power_of_two(self.log), get_num_threads()
             result = self.plan.step(grads, skipped, *numbers, s, own, threads)
         if result is None:
             with torch.no_grad():
@@ -251,7 +251,7 @@ class Grid:
             raise RuntimeError(
                 f"{op}: the plan is stale: the memory of its grid has moved. Make a new PhaseSpace"
             )
-        space.wrote(q=drifts, p=kicks)
+        space.wrote(q=drifts, p=kicks, skipped=skipped)
         self.versions = self._versions()
         return result
 

@@ -7,7 +7,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, get_num_threads
 from torch.autograd.graph import increment_version
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -306,6 +306,8 @@ class PhaseSpace:
 
     def _scalar(self, op: str, name: str, x: Scalar) -> Any:
         """A finite float, or the 0-d tensor where reading it would wait for a device."""
+        if type(x) is float:
+            return finite(op, name, x)
         if isinstance(x, Tensor) and x.ndim == 0 and not x.requires_grad:
             if x.device.type != "cpu" and not self.exact:
                 return x
@@ -366,10 +368,12 @@ class PhaseSpace:
                     f"{'without memory' if freed else words(now)}. Make a new PhaseSpace"
                 )
 
-    def wrote(self, *, q: bool, p: bool) -> None:
+    def wrote(self, *, q: bool, p: bool, skipped: tuple[int, ...]) -> None:
         """Tells autograd what has been written."""
-        if q:
+        if q and not skipped:
             increment_version(self.params)
+        elif q:
+            increment_version([x for i, x in enumerate(self.params) if i not in skipped])
         if p:
             increment_version(self._momentum_memory)
 
@@ -455,6 +459,7 @@ class _Floats:
             laid_out_like(q, w.detach().to(p.dtype)) if isinstance(w, Tensor) else w
             for q, p, w in zip(space.params, momenta, space.inv_mass)
         ]
+        self.rounds = any(q.element_size() == 2 for q in space.params)  # stochastically
         self.plan = None
         if _compiled(space):
             owned = [*space._momentum_memory, *(w for w in self.mass if isinstance(w, Tensor))]
@@ -473,12 +478,12 @@ class _Floats:
         space = self.space
         kicks, drifts = kick is not None, drift is not None
         kick, drift = kick if kicks else 0.0, drift if drifts else 0.0
-        key = (
-            space.seed * 0x9E3779B97F4A7C15 + space.step_count * reference.STEP_KEY
-        ) & reference.MASK
-        energy = None
+        key, energy = 0, None
+        if self.rounds:
+            key = space.seed * 0x9E3779B97F4A7C15 + space.step_count * reference.STEP_KEY
+            key &= reference.MASK
         if self.plan is not None:
-            numbers = (kicks, drifts, kick, damp, drift, key, torch.get_num_threads())
+            numbers = (kicks, drifts, kick, damp, drift, key, get_num_threads())
             energy = self.plan.step(grads, skipped, *numbers)
         if energy is None:
             with torch.no_grad():
@@ -499,8 +504,9 @@ class _Floats:
                 f"new PhaseSpace"
             )
         if kicks:
-            space.skipped = skipped if self.plan is None else self.plan.skipped()
-        space.wrote(q=drifts, p=kicks)
+            skipped = skipped if self.plan is None else self.plan.skipped()
+            space.skipped = skipped
+        space.wrote(q=drifts, p=kicks, skipped=skipped)
         space.step_count += drifts
         return energy
 

@@ -151,6 +151,23 @@ def test_kick_drift_in_a_cuda_graph(backend):
         assert all(torch.equal(a, b) for a, b in zip(flat([q, p]), flat(mirror), strict=True))
 
 
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_factors_of_a_step_in_a_cuda_graph(backend):
+    if ("leapfrog", backend) not in BUILT:
+        pytest.skip(f"kick_drift_ has no {backend} kernel yet")
+    need(backend)
+    q, p, grad = ([torch.randn(n, device="cuda") for n in (7, 100_001)] for _ in range(3))
+    mirror = [[t.clone() for t in tensors] for tensors in (q, p)]
+    h, damp = (torch.full((), x, device="cuda", dtype=torch.float64) for x in (0.1, 0.9))
+    graph, _ = capture(lambda: gti.kick_drift_(q, p, grad, h, 0.2, damp=damp, backend=backend))
+    gti.kick_drift_(*mirror, grad, 0.1, 0.2, damp=0.9, backend=backend)
+    for x in (0.3, -0.1):
+        h.fill_(x)
+        graph.replay()
+        gti.kick_drift_(*mirror, grad, x, 0.2, damp=0.9, backend=backend)
+        assert all(torch.equal(a, b) for a, b in zip(flat([q, p]), flat(mirror), strict=True))
+
+
 # ---- the plan -----------------------------------------------------------------------------------
 
 PLANS = pytest.mark.parametrize("backend", ["cuda", "triton"])

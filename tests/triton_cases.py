@@ -123,6 +123,20 @@ def test_leapfrog_leaves_the_rest_of_memory_alone() -> None:
         assert not (x[inside] == before[inside]).any()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_leapfrog_reads_factors_from_memory(dtype: torch.dtype) -> None:
+    q, p, g = (normals(SIZES, [dtype], seed) for seed in range(3))
+    runs = []
+    for wrap in (float, lambda x: torch.tensor(x, dtype=torch.float64, device=DEVICE)):
+        a, b = copies(q), copies(p)
+        leapfrog.kick_(b, g, wrap(0.1), wrap(0.9))
+        leapfrog.drift_(a, b, wrap(-0.7), [0.3] * len(q))
+        k = leapfrog.kick_drift_(a, b, g, wrap(0.1), 0.2, q, wrap(0.8))
+        runs.append([*a, *b, k])
+    for x, y in zip(*runs, strict=True):
+        assert torch.equal(x, y) or (x.isnan() & y.isnan()).all()
+
+
 def test_leapfrog_scalars_are_fp64() -> None:
     """0.1 as fp32 is off by 1.5e-9: fp64 tensors must not see that."""
     for scalar in (0.1, 1 / 3, 1e-60, -1e-3):
@@ -622,6 +636,10 @@ def test_no_host_sync() -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         leapfrog.kick_drift_(p, copies(p), g, 0.1, 0.1, [1.0], 1.0)
+        step = torch.full((), 0.1, device=DEVICE)
+        gti_kernels.kick_(p, g, step, damp=step)
+        gti_kernels.drift_(p, g, step)
+        gti_kernels.kick_drift_(p, copies(p), g, step, 0.1)
         two_form.two_form([ws[0][0]], [ws[0][1]], True)
         run(power_iteration, ws)
     finally:

@@ -13,7 +13,7 @@ from ..tables import Upload, capturing, fp64_bits, on_device, prefix, upload
 from . import ragged
 from .compiler import Specialisation
 from .kinetic_energy import fixed_sum
-from .ragged import run
+from .ragged import Factor, factor, run
 
 STEM = "phase_space"
 Grads = Sequence[Tensor | None]
@@ -60,9 +60,9 @@ class Plan:
         inv_mass: Sequence[float | Tensor],
         kicks: bool,
         drifts: bool,
-        kick: float | Tensor,
-        damp: float | Tensor,
-        drift: float | Tensor,
+        kick: Factor,
+        damp: Factor,
+        drift: Factor,
         key: int,
         skipped: Collection[int] = (),
     ) -> Tensor | None:
@@ -76,7 +76,7 @@ class Plan:
         partials = self._new(torch.float64)
         qs, gs = _moving(q, drifts, skipped), _moving(grad, kicks, skipped)
         with on_device(self._device):
-            factors = [y for x in (kick, damp, drift) for y in _factor(x)]
+            factors = [y for x in (kick, damp, drift) for y in factor(x)]
             replayed = None
             if drifts and capturing(self._device):
                 # The key is that of the first replay; the device counts on.
@@ -211,7 +211,3 @@ def _masses(inv_mass: Sequence[float | Tensor]) -> list[Row]:
     """A row of addresses and one of numbers."""
     numbers = [fp64_bits(1.0 if isinstance(w, Tensor) else w) for w in inv_mass]
     return [_addresses(inv_mass), numbers]
-
-
-def _factor(x: float | Tensor) -> tuple[float, Tensor | None]:
-    return ragged.factor(x.to(torch.float64) if isinstance(x, Tensor) else x)

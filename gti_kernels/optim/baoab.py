@@ -80,7 +80,6 @@ class BAOAB(PhaseOptimizer):
         }
         super().__init__(params, defaults, momentum=momentum, exact=False, seed=seed)
 
-    @torch.no_grad()
     def step(self, closure: Closure | None = None, *, loss: Any = None) -> Any:  # type: ignore[override]
         """One step; returns the loss at its beginning with a closure, else None.
 

@@ -117,7 +117,6 @@ class Leapfrog(PhaseOptimizer):
         super().__init__(params, defaults, momentum=momentum, exact=exact, seed=seed)
         self._engagements = torch.zeros((), dtype=torch.int64, device=self._device)
 
-    @torch.no_grad()
     def step(self, closure: Closure | None = None, *, loss: Any = None) -> Any:  # type: ignore[override]
         """One step; returns the loss at its beginning with a closure, else None.
 
@@ -134,7 +133,6 @@ class Leapfrog(PhaseOptimizer):
             raise ValueError("step: expected a closure, which returns the loss, or loss; got both")
         return self._closure_step(closure, self._fractions)
 
-    @torch.no_grad()
     def reverse(self, closure: Closure) -> Tensor:
         """Walks back the last step; returns the loss where it ends.
 

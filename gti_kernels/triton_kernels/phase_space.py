@@ -16,6 +16,7 @@ from .ragged import (
     TRITON_DTYPE,
     find_item,
     fixed_sum,
+    in_memory,
     load_block,
     pointer,
     store_block,
@@ -195,19 +196,7 @@ def phase_step(
     places = [float(i) for i in range(len(q))]
     groups = elementwise_groups([p, moved, grads, inv_mass, places], BLOCK)
     partials = torch.zeros(sum(g.blocks for g in groups), dtype=torch.float64, device=device)
-    factors = (kick, damp, drift)
-    from_memory = any(isinstance(x, Tensor) for x in factors)
-    numbers = partials
-    if from_memory:
-        numbers = torch.stack(
-            [
-                x.to(torch.float64)
-                if isinstance(x, Tensor)
-                else torch.full((), x, dtype=torch.float64, device=device)
-                for x in factors
-            ]
-        )
-    host = (0.0, 0.0, 0.0) if from_memory else factors
+    on_host, numbers = in_memory((kick, damp, drift), device)
     first = 0
     with on_device(device):
         for group in groups:
@@ -220,8 +209,8 @@ def phase_step(
                 device_table(group.rows, device),
                 group.items,
                 out,
-                numbers,
-                *host,
+                partials if numbers is None else numbers,
+                *on_host,
                 signed(key),
                 signed(0xBF58476D1CE4E5B9),
                 signed(0x94D049BB133111EB),
@@ -231,7 +220,7 @@ def phase_step(
                 G=G,
                 W=W,
                 DRIFTS=drifts and Q is not None,
-                FROM_MEMORY=from_memory,
+                FROM_MEMORY=numbers is not None,
                 COMPUTE=tl.float64 if tl.float64 in (P, Q) else tl.float32,
                 **OPTIONS,
             )
