@@ -394,6 +394,36 @@ def test_memory_of_the_plan_that_has_moved_is_an_error(emulated, exact):
     assert torch.equal(q[0], before)
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_first_step_that_fails_leaves_nothing_behind(emulated, monkeypatch, exact):
+    """As inside a CUDA graph capture, where nothing can be uploaded: here the second table."""
+    emulated()
+    made = []
+
+    class Failing(tables.Upload):
+        def __init__(self, rows, device):
+            made.append(rows)
+            if len(made) == 2:
+                raise RuntimeError("inside a CUDA graph capture")
+            super().__init__(rows, device)
+
+    runs = []
+    for backend in ("cpu", "cuda"):
+        q = [numbers(50, dtype=torch.float32), numbers(60, dtype=torch.float64)]
+        space = gti.PhaseSpace(q, exact=exact, backend=backend)
+        grads = [torch.sin(x) for x in q]
+        if backend == "cuda":
+            before = [x.clone() for x in q]
+            with monkeypatch.context() as patch:
+                patch.setattr(phase_space, "Upload", Failing)
+                with pytest.raises(RuntimeError, match="inside a CUDA graph"):
+                    space.kick_drift_(0.1, 0.2, grads=grads)
+            assert same_bits(q, before)
+        space.kick_drift_(0.1, 0.2, grads=grads)
+        runs.append([*q, *space.momenta])
+    assert same_bits(*runs)
+
+
 def test_a_saved_exact_walk_goes_on_with_the_units_it_had(emulated):
     """The table of the plan holds units and addresses of remainders: it is made anew."""
     emulated()

@@ -69,22 +69,22 @@ class Plan:
         """kick, damp and drift may be 0-d tensors on the device, which are read there."""
         if self._places is None:
             kinds = [phase_specialisation(x.dtype, y.dtype) for x, y in zip(q, p, strict=True)]
-            rows = [_addresses(p), *_masses(inv_mass), range(len(q))]
-            self._prepare(q, [*p, *inv_mass], kinds, rows)
+            table: list[Row] = [_addresses(p), *_masses(inv_mass), range(len(q))]
+            self._prepare(q, [*p, *inv_mass], kinds, table)
         elif self._has_moved():
             return None
         partials = self._new(torch.float64)
         qs, gs = _moving(q, drifts, skipped), _moving(grad, kicks, skipped)
         with on_device(self._device):
             factors = [y for x in (kick, damp, drift) for y in factor(x)]
+            moving = [(each.row("q", qs), each.row("grad", gs)) for each in self._launches]
             replayed = None
             if drifts and capturing(self._device):
                 # The key is that of the first replay; the device counts on.
                 replayed, key = self._replayed, key - self._captured * STEP_KEY
                 self._captured += 1
-            for each in self._launches:
-                moving = [each.row("q", qs), each.row("grad", gs)]
-                each.run([*moving, *factors, signed(key), replayed, each.of(partials)])
+            for each, rows in zip(self._launches, moving):
+                each.run([*rows, *factors, signed(key), replayed, each.of(partials)])
             if replayed is not None:
                 replayed.add_(signed(STEP_KEY))
             return fixed_sum(partials) if drifts else partials.new_zeros(())
@@ -110,21 +110,25 @@ class Plan:
         """The checksum and whether all stayed inside are on the device, for who wants to wait."""
         if self._places is None:
             units = [unit_q, [1 / v for v in unit_p], [v / u for u, v in zip(unit_q, unit_p)]]
-            rows = [_addresses(P), _addresses(Q), _addresses(remainder), *_masses(inv_mass)]
-            rows += [[fp64_bits(x) for x in unit] for unit in units]
-            rows += [prefix([x.numel() for x in q])[:-1]]
+            table = [_addresses(P), _addresses(Q), _addresses(remainder), *_masses(inv_mass)]
+            table += [[fp64_bits(x) for x in unit] for unit in units]
+            table += [prefix([x.numel() for x in q])[:-1]]
             kinds = [grid_specialisation(x.dtype) for x in q]
-            self._prepare(q, [*P, *Q, *remainder, *inv_mass], kinds, rows)
+            self._prepare(q, [*P, *Q, *remainder, *inv_mass], kinds, table)
         elif self._has_moved():
             return None
         partials, checksums, outside = map(self._new, (torch.float64, torch.int64, torch.int64))
         qs, gs = _moving(q, drifts, skipped), _moving(grad, kicks, skipped)
         scales = [fp64_bits(s) for s in scale] if len(set(scale)) > 1 else None
         with on_device(self._device):
-            for each in self._launches:
-                moving = [each.row("q", qs), each.row("grad", gs)]
-                numbers = [kick, drift, scale[0], each.row("scale", scales), -1 if back else 0]
-                each.run([*moving, *numbers, *map(each.of, (partials, checksums, outside))])
+            sign = -1 if back else 0
+            moving = [
+                (each.row("q", qs), each.row("grad", gs), each.row("scale", scales))
+                for each in self._launches
+            ]
+            for each, (*rows, own) in zip(self._launches, moving):
+                results = map(each.of, (partials, checksums, outside))
+                each.run([*rows, kick, drift, scale[0], own, sign, *results])
             energy = fixed_sum(partials) if drifts else partials.new_zeros(())
             return checksums.sum(), ~outside.any(), energy
 
@@ -133,27 +137,27 @@ class Plan:
         q: list[Tensor],
         fixed: Sequence[Tensor | float | None],
         kinds: Sequence[Specialisation],
-        rows: Sequence[Row],
+        table: Sequence[Row],
     ) -> None:
         """Groups the tensors by kernel, without those that are empty, and uploads their tables."""
         self._device = q[0].device if q else torch.device("cpu")
-        self._fixed = [x for x in fixed if isinstance(x, Tensor)]
-        self._places = _addresses(self._fixed)
-        self._replayed = torch.zeros((), dtype=torch.int64, device=self._device)
-        self._captured = 0
         groups: dict[Specialisation, list[int]] = {}
         for i, (kind, x) in enumerate(zip(kinds, q, strict=True)):
             if x.numel():
                 groups.setdefault(kind, []).append(i)
-        first = 0
+        launches, first = [], 0
         for kind, index in groups.items():
             counts = [q[i].numel() for i in index]
             starts = prefix([-(-n // ragged.chunk()) for n in counts])
-            mine = [*([row[i] for i in index] for row in rows), counts, starts]
+            mine = [*([row[i] for i in index] for row in table), counts, starts]
             blocks = slice(first, first + starts[-1])
-            self._launches.append(_Launch(kind, index, Upload(mine, self._device), blocks))
+            launches.append(_Launch(kind, index, Upload(mine, self._device), blocks))
             first += starts[-1]
-        self._blocks = first
+        self._replayed = torch.zeros((), dtype=torch.int64, device=self._device)
+        self._captured = 0
+        self._launches, self._blocks = launches, first
+        self._fixed = [x for x in fixed if isinstance(x, Tensor)]
+        self._places = _addresses(self._fixed)  # last: an upload may fail
 
     def _has_moved(self) -> bool:
         return [x.data_ptr() for x in self._fixed] != self._places
@@ -201,10 +205,9 @@ def _moving(xs: Grads, takes_part: bool, skipped: Collection[int]) -> list[int] 
     """Addresses of this step, 0 for a tensor that is skipped; None where the list takes no part."""
     if not takes_part:
         return None
-    addresses = _addresses(xs)
-    for i in skipped:
-        addresses[i] = 0
-    return addresses
+    if not skipped:
+        return [x.data_ptr() for x in xs]  # type: ignore[union-attr]
+    return [0 if i in skipped else x.data_ptr() for i, x in enumerate(xs)]  # type: ignore[union-attr]
 
 
 def _masses(inv_mass: Sequence[float | Tensor]) -> list[Row]:
