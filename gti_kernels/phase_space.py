@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, get_num_threads
 from torch.autograd.graph import increment_version
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import backends
 from .conventions import fan_in_inverse_mass
+from .exact_grid import Grid
+from .layouts import allocate, is_dense, laid_out_like, layout, words
 from .ops.arguments import (
     check_alike,
     check_disjoint,
@@ -28,21 +30,6 @@ from .reference import phase_space as reference
 
 Scalar = float | Tensor
 Grads = Sequence[Tensor | None]
-
-# Units of the grid, relative to the scale of a tensor: its largest |x|, but at least 1/16 so that a
-# small tensor may grow; 1 where all are zero. Integers stay below 2⁶²: q may grow to 2¹⁴ times its
-# scale; p to 2²² times, as damping does not make its integers shrink. An increment stays below 2⁵¹.
-UNIT_Q, UNIT_P = 2.0**-48, 2.0**-40
-
-
-class Move(NamedTuple):
-    """What one kick, drift or scaling did on the grid: all that its way back needs."""
-
-    kind: str  # "kick", "drift" or "scale"
-    step: float  # of the kick or the drift
-    factor: float  # damp, or the factor of the scaling
-    scale: float  # s before
-    checksum: int  # of the increments of the kick
 
 
 class PhaseSpace:
@@ -61,11 +48,12 @@ class PhaseSpace:
 
     (Q, P int64; the remainders r, r' stay as they were at the start). A kick subtracts integers
     ⌊step/(s·v)·∇L⌉ from P, a drift adds integers ⌊step·s·(v/u)·M⁻¹·P⌉ to Q, so the opposite call
-    can subtract the same; damping and `scale_momenta_` only touch s. The plan remembers its moves
-    (five numbers each). A call that undoes the last one — the negative step, 1/damp, in reverse
-    order — takes it back from there: the momentum and the position return to the bit. For a kick
-    ∇L must be the same to the bit: a checksum of the increments tells, and the call raises and
-    names the step where it is not. u is 2⁻⁴⁸ of the largest |q| of a tensor, v 2⁻⁴⁰ of the largest
+    can subtract the same; damping and `scale_momenta_` only touch s. The plan remembers its moves:
+    10 bytes a step at constant dt and damping, 8 more for each number that changes. A call that
+    undoes the last move — the negative step, 1/damp, in reverse order — takes it back from there:
+    the momentum and the position return to the bit. For a kick ∇L must be the same to the bit, and
+    None for the same parameters: a checksum of the increments tells, and the call raises and names
+    the step where it is not. u is 2⁻⁴⁸ of the largest |q| of a tensor, v 2⁻⁴⁰ of the largest
     |p|, either at least 1/16, and 1 where all are zero. The bits are the same on every backend.
 
     Args:
@@ -78,11 +66,12 @@ class PhaseSpace:
         exact: the reversible grid, at three times the memory of the momenta and at about twice
             the time of a step. It synchronises a GPU once per call.
         seed: of gaussian momenta and of stochastic rounding.
-        backend: "auto", "reference", "cpu" or "triton"; see `gti_kernels.explain`.
+        backend: "auto", "reference", "cpu", "triton" or "cuda"; see `gti_kernels.explain`.
 
     Attributes:
         params, momenta: q and p, lists of tensors (with exact=True, momenta are made when read).
         inv_mass: list of floats, or of tensors. step_count: drifts so far, less those undone.
+        skipped: places of the parameters whose gradient was None in the last kick.
 
     Steps and factors are floats, or 0-d tensors (on a GPU: read there, without a sync). Arithmetic
     is fp64 if q or p is, else fp32; q of 16 bits is rounded stochastically, a function of seed,
@@ -134,17 +123,18 @@ class PhaseSpace:
         self.seed, self.backend, self.exact = int(seed), backend, bool(exact)
         self.inv_mass = self._masses(inv_mass)
         self.step_count = 0
-        self._layouts = [_layout(q) for q in self.params]
+        self._layouts = [layout(q) for q in self.params]
         dtypes = [
             momentum_dtype or (torch.float64 if q.dtype == torch.float64 else torch.float32)
             for q in self.params
         ]
         given = self._given_momenta(momentum)
-        momenta, self._momentum_memory = _allocate(self.params, dtypes)
+        momenta, self._momentum_memory = allocate(self.params, dtypes)
         for p, values in zip(momenta, given):
             p.copy_(values)
-        self._engine: _Floats | _Grid
-        self._engine = _Grid(self, momenta) if self.exact else _Floats(self, momenta)
+        self.skipped: tuple[int, ...] = ()
+        self._engine: _Floats | Grid
+        self._engine = Grid(self, momenta) if self.exact else _Floats(self, momenta)
 
     @property
     def momenta(self) -> list[Tensor]:
@@ -211,23 +201,45 @@ class PhaseSpace:
         """p ← damp·p − step·∇L.
 
         grads: ∇L, one tensor (or None) for each parameter, of its shape and dtype; by default the
-        parameters' `.grad`. A parameter whose gradient is None keeps its momentum (with exact=True
-        damping acts on it all the same: s is one number for all).
+        parameters' `.grad`. A parameter whose gradient is None is skipped, as torch's optimizers
+        do: its momentum stays, damping included.
         """
         self._step("kick_", step, damp, None, grads)
 
-    def drift_(self, step: Scalar) -> None:
-        """q ← q + step·M⁻¹p."""
-        self._step("drift_", None, 1.0, step, None)
+    def drift_(self, step: Scalar, *, skipped: Iterable[int] = ()) -> None:
+        """q ← q + step·M⁻¹p, but for the parameters at the places `skipped`."""
+        places = tuple(sorted(set(skipped)))
+        if places and not 0 <= places[0] <= places[-1] < len(self.params):
+            raise ValueError(
+                f"drift_: skipped must hold places of the {len(self.params)} parameters, got "
+                f"{places}"
+            )
+        self._step("drift_", None, 1.0, step, None, places)
 
     def kick_drift_(
         self, kick: Scalar, drift: Scalar, *, damp: Scalar = 1.0, grads: Grads | None = None
     ) -> Tensor:
         """`kick_`, then `drift_`, in one pass; returns ½ pᵀM⁻¹p of the new p, 0-d fp64 [energy].
 
-        A parameter whose gradient is None is not kicked, but it drifts.
+        A parameter whose gradient is None is skipped: q and p stay, and p counts in the energy.
         """
         return self._step("kick_drift_", kick, damp, drift, grads)
+
+    def undo_kick_(self, grads: Grads | None = None) -> None:
+        """With exact=True: takes the last move back, which was a kick with these gradients."""
+        grid = self._grid("undo_kick_")
+        every = [q.grad for q in self.params] if grads is None else list(grads)
+        grid.take_back_kick("undo_kick_", every)
+
+    def undo_drift_(self) -> float:
+        """With exact=True: takes the last move back, which was a drift; returns its step."""
+        step, _ = self._grid("undo_drift_").take_back_drift("undo_drift_")
+        return step
+
+    def _grid(self, op: str) -> Grid:
+        if not isinstance(self._engine, Grid):
+            raise RuntimeError(f"{op}: only a plan with exact=True remembers its moves")
+        return self._engine
 
     def kinetic_energy(self) -> Tensor:
         """K = ½ pᵀM⁻¹p, a 0-d fp64 tensor on the device."""
@@ -282,6 +294,7 @@ class PhaseSpace:
         damp: Scalar,
         drift: Scalar | None,
         grads: Grads | None,
+        skipped: tuple[int, ...] = (),
     ) -> Tensor:
         if kick is not None:
             kick, damp = self._scalar(op, "kick", kick), self._scalar(op, "damp", damp)
@@ -289,15 +302,28 @@ class PhaseSpace:
             drift = self._scalar(op, "drift", drift)
         if grads is not None and not isinstance(grads, list):
             grads = tensor_list(grads)  # type: ignore[arg-type]
-        return self._engine.step(op, kick, damp, drift, grads)
+        return self._engine.step(op, kick, damp, drift, grads, skipped)
 
     def _scalar(self, op: str, name: str, x: Scalar) -> Any:
         """A finite float, or the 0-d tensor where reading it would wait for a device."""
+        if type(x) is float:
+            return finite(op, name, x)
         if isinstance(x, Tensor) and x.ndim == 0 and not x.requires_grad:
             if x.device.type != "cpu" and not self.exact:
                 return x
             x = float(x)
         return finite(op, name, x)
+
+    # ---- what runs it ----------------------------------------------------------------------------
+
+    def is_compiled(self) -> bool:
+        """Whether the compiled CPU kernels take this plan."""
+        return _compiled(self)
+
+    def kernels(self) -> Any:
+        """Where they do not: what has the functions phase_step and grid_step, a module or, with
+        tables of its own, a new object."""
+        return _kernels(self)
 
     # ---- checks ----------------------------------------------------------------------------------
 
@@ -323,29 +349,31 @@ class PhaseSpace:
             if g.shape != q.shape or g.dtype != q.dtype or g.device != q.device:
                 raise ValueError(
                     f"{op}: the gradient of params[{i}] must have its shape, dtype and device, "
-                    f"{_words(_layout(q))}, got {_words(_layout(g))}"
+                    f"{words(layout(q))}, got {words(layout(g))}"
                 )
         written = {"params": self.params, "momenta": self._momentum_memory}
         check_disjoint(op, written, {"grads": list(there.values())})
         return [
-            None if g is None else _laid_out_like(q, g.detach()) for q, g in zip(self.params, every)
+            None if g is None else laid_out_like(q, g.detach()) for q, g in zip(self.params, every)
         ]
 
     def check_layouts(self, op: str) -> None:
         """Raises where a parameter is not what it was when the plan was made."""
-        for i, (q, layout) in enumerate(zip(self.params, self._layouts, strict=True)):
-            now = _layout(q)
+        for i, (q, then) in enumerate(zip(self.params, self._layouts, strict=True)):
+            now = layout(q)
             freed = q.numel() > 0 and q.untyped_storage().nbytes() == 0
-            if now != layout or freed:
+            if now != then or freed:
                 raise RuntimeError(
-                    f"{op}: the plan is stale: params[{i}] was {_words(layout)} and is now "
-                    f"{'without memory' if freed else _words(now)}. Make a new PhaseSpace"
+                    f"{op}: the plan is stale: params[{i}] was {words(then)} and is now "
+                    f"{'without memory' if freed else words(now)}. Make a new PhaseSpace"
                 )
 
-    def wrote(self, *, q: bool, p: bool) -> None:
+    def wrote(self, *, q: bool, p: bool, skipped: tuple[int, ...]) -> None:
         """Tells autograd what has been written."""
-        if q:
+        if q and not skipped:
             increment_version(self.params)
+        elif q:
+            increment_version([x for i, x in enumerate(self.params) if i not in skipped])
         if p:
             increment_version(self._momentum_memory)
 
@@ -354,7 +382,8 @@ class PhaseSpace:
     def state_dict(self) -> dict[str, Any]:
         """Momenta, counters and, with exact=True, the grid and the moves; all as copies. The
         positions are the model's own to save; with exact=True they are here too."""
-        return {"step_count": self.step_count, "seed": self.seed, **self._engine.state()}
+        counters = {"step_count": self.step_count, "seed": self.seed, "skipped": self.skipped}
+        return {**counters, **self._engine.state()}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -373,6 +402,7 @@ class PhaseSpace:
             )
         self._engine.load(state)
         self.step_count, self.seed = state["step_count"], state["seed"]
+        self.skipped = tuple(state["skipped"])
 
 
 # The plans behind leapfrog_(exact=True) by the first tensor of p, as long as that lives, each with
@@ -426,30 +456,35 @@ class _Floats:
     def __init__(self, space: PhaseSpace, momenta: list[Tensor]) -> None:
         self.space, self.p = space, momenta
         self.mass = [
-            _laid_out_like(q, w.detach().to(p.dtype)) if isinstance(w, Tensor) else w
+            laid_out_like(q, w.detach().to(p.dtype)) if isinstance(w, Tensor) else w
             for q, p, w in zip(space.params, momenta, space.inv_mass)
         ]
+        self.rounds = any(q.element_size() == 2 for q in space.params)  # stochastically
         self.plan = None
         if _compiled(space):
             owned = [*space._momentum_memory, *(w for w in self.mass if isinstance(w, Tensor))]
             self.plan = backends.compiled.PhasePlan(  # type: ignore[union-attr]
                 space.params, momenta, self.mass, owned
             )
+        else:
+            self.kernels = _kernels(space)
 
     def momenta(self) -> list[Tensor]:
         return self.p
 
-    def step(self, op: str, kick: Any, damp: Any, drift: Any, grads: Any) -> Tensor:
+    def step(
+        self, op: str, kick: Any, damp: Any, drift: Any, grads: Any, skipped: tuple[int, ...]
+    ) -> Tensor:
         space = self.space
         kicks, drifts = kick is not None, drift is not None
         kick, drift = kick if kicks else 0.0, drift if drifts else 0.0
-        key = (
-            space.seed * 0x9E3779B97F4A7C15 + space.step_count * 0xD1342543DE82EF95
-        ) & reference.MASK
-        energy = None
+        key, energy = 0, None
+        if self.rounds:
+            key = space.seed * 0x9E3779B97F4A7C15 + space.step_count * reference.STEP_KEY
+            key &= reference.MASK
         if self.plan is not None:
-            numbers = (kicks, drifts, kick, damp, drift, key, torch.get_num_threads())
-            energy = self.plan.step(grads, *numbers)
+            numbers = (kicks, drifts, kick, damp, drift, key, get_num_threads())
+            energy = self.plan.step(grads, skipped, *numbers)
         if energy is None:
             with torch.no_grad():
                 if kicks:
@@ -458,33 +493,41 @@ class _Floats:
                     space.check_layouts(op)
                     grads = [None] * len(space.params)
                 if self.plan is None:
-                    energy = self._elsewhere(kicks, drifts, kick, damp, drift, grads, key)
+                    if kicks:
+                        skipped = tuple([i for i, g in enumerate(grads) if g is None])
+                    energy = self._elsewhere(kick, damp, drift, grads, kicks, drifts, key, skipped)
                 else:
-                    energy = self.plan.step(grads, *numbers)
+                    energy = self.plan.step(grads, skipped, *numbers)
         if energy is None:
             raise RuntimeError(
                 f"{op}: the plan is stale: the memory of its momenta or masses has moved. Make a "
                 f"new PhaseSpace"
             )
-        space.wrote(q=drifts, p=kicks)
+        if kicks:
+            skipped = skipped if self.plan is None else self.plan.skipped()
+            space.skipped = skipped
+        space.wrote(q=drifts, p=kicks, skipped=skipped)
         space.step_count += drifts
         return energy
 
     def _elsewhere(
         self,
-        kicks: bool,
-        drifts: bool,
         kick: Any,
         damp: Any,
         drift: Any,
         grads: list[Tensor | None],
+        kicks: bool,
+        drifts: bool,
         key: int,
+        skipped: tuple[int, ...],
     ) -> Tensor:
         """Without a compiled plan: the ops where they take these tensors, else plain torch."""
         q, p, backend = self.space.params, self.p, self.space.backend
-        same = all(x.dtype == y.dtype for x, y in zip(q, p))
+        same = isinstance(self.kernels, ModuleType) and all(
+            x.dtype == y.dtype for x, y in zip(q, p)
+        )
         floats = not any(isinstance(x, Tensor) for x in (kick, damp, drift))
-        if same and floats and not (kicks and None in grads):
+        if same and floats and not skipped:
             options: dict[str, Any] = {"inv_mass": self.mass, "backend": backend}
             if kicks and drifts:
                 return kick_drift_(q, p, grads, kick, drift, damp=damp, **options)  # type: ignore[arg-type]
@@ -493,8 +536,8 @@ class _Floats:
             else:
                 drift_(q, p, drift, **options)
             return torch.zeros((), dtype=torch.float64, device=self.space.device)
-        kernels = _kernels(self.space)
-        return kernels.phase_step(q, p, grads, self.mass, kicks, drifts, kick, damp, drift, key)
+        numbers = (kicks, drifts, kick, damp, drift, key)
+        return self.kernels.phase_step(q, p, grads, self.mass, *numbers, skipped)
 
     def scale_(self, factor: Any) -> None:
         if self.p:
@@ -508,334 +551,26 @@ class _Floats:
             p.copy_(saved)
 
 
-class _Grid:
-    """Steps on a grid of integers, which can be taken back."""
-
-    def __init__(self, space: PhaseSpace, momenta: list[Tensor]) -> None:
-        self.space = space
-        self.scale = 1.0  # s
-        self.moves: list[Move] = []
-        self.dtypes = [p.dtype for p in momenta]
-        q = [x.detach() for x in space.params]
-        self.unit_q = [_unit(x, UNIT_Q) for x in q]
-        self.unit_p = [_unit(x, UNIT_P) for x in momenta]
-        self._allocate()
-        with torch.no_grad():
-            for grid, x, unit in zip([*self.Q, *self.P], [*q, *momenta], self._units()):
-                grid.copy_((x.double() / unit).round())
-            self.rest_q = _remainders(q, self.Q, self.unit_q)
-            self.rest_p = _remainders(momenta, self.P, self.unit_p)
-        space._momentum_memory = self.memory
-        self._make_plan()
-
-    def _units(self) -> list[float]:
-        return [*self.unit_q, *self.unit_p]
-
-    def _allocate(self) -> None:
-        q = self.space.params
-        both, self.memory = _allocate([*q, *q], [torch.int64] * (2 * len(q)))
-        self.Q, self.P = both[: len(q)], both[len(q) :]
-
-    def _make_plan(self) -> None:
-        space = self.space
-        self.mass = [
-            _laid_out_like(q, w.detach().double()) if isinstance(w, Tensor) else w
-            for q, w in zip(space.params, space.inv_mass)
-        ]
-        self.versions = self._versions()
-        self.plan = None
-        if _compiled(space):
-            bits = [x.view(torch.float64) for x in (*self.Q, *self.P)]  # what bindings can see
-            n = len(self.Q)
-            owned = [x.view(torch.float64) for x in self.memory]
-            owned += [x for x in (*self.mass, *self.rest_q) if isinstance(x, Tensor)]
-            self.plan = backends.compiled.GridPlan(  # type: ignore[union-attr]
-                space.params,
-                bits[:n],
-                bits[n:],
-                self.rest_q,
-                self.mass,
-                owned,
-                self.unit_q,
-                self.unit_p,
-            )
-
-    def momenta(self) -> list[Tensor]:
-        out = []
-        for P, r, v, dtype in zip(self.P, self.rest_p, self.unit_p, self.dtypes):
-            wide = v * P.double()
-            out.append((self.scale * (wide if r is None else wide + r.double())).to(dtype))
-        return out
-
-    # ---- moves -----------------------------------------------------------------------------------
-
-    def step(self, op: str, kick: Any, damp: Any, drift: Any, grads: Any) -> Tensor:
-        self._check_versions(op)
-        if kick is not None and damp <= 0.0:
-            raise ValueError(f"{op}: damp must be positive with exact=True, got {damp}")
-        back_kick = kick is not None and self._undoes_kick(kick, damp)
-        below = -2 if back_kick else -1
-        back_drift = drift is not None and self._is(below, "drift", -drift)
-        if kick is not None and not back_kick:
-            back_drift = False  # the kick will be the last move
-        if kick is None or drift is None or back_kick == back_drift:
-            return self._move(op, kick, damp, drift, grads, back_kick or back_drift)
-        self._move(op, kick, damp, None, grads, back_kick)
-        return self._move(op, None, 1.0, drift, None, back_drift)
-
-    def _is(self, index: int, kind: str, step: float) -> bool:
-        """Whether the last move, or the one before it, was of this kind and step."""
-        if len(self.moves) < -index or self.moves[index].kind != kind:
-            return False
-        return math.isclose(self.moves[index].step, step, rel_tol=1e-9)
-
-    def _undoes_kick(self, kick: float, damp: float) -> bool:
-        """p ← (p + k·∇L)/c undoes p ← c·p − k·∇L."""
-        return self._is(-1, "kick", -kick / damp) and math.isclose(
-            self.moves[-1].factor, 1.0 / damp, rel_tol=1e-9
-        )
-
-    def _move(self, op: str, kick: Any, damp: Any, drift: Any, grads: Any, back: bool) -> Tensor:
-        """One pass, all of it forward or all of it back."""
-        kicks, drifts = kick is not None, drift is not None
-        before, known = self.scale, None
-        if back:
-            # The numbers of the way out, not those of the call, which are rounded.
-            if kicks:
-                known = self.moves[-1]
-                kick, after = known.step / self.scale, known.scale
-            else:
-                after = self.scale
-            if drifts:
-                drift = self.moves[-2 if kicks else -1].step * after
-        else:
-            after = self.scale * damp if kicks else self.scale
-            if kicks and not 1e-250 < after < 1e250:
-                raise OverflowError(_overflow(op, "the factor s of the momenta", f"{after:g}"))
-            step_kick, step_drift = kick, drift
-            kick = kick / after if kicks else 0.0
-            drift = drift * after if drifts else 0.0
-        kick, drift = kick if kicks else 0.0, drift if drifts else 0.0
-        if kicks and grads is None:
-            grads = [q.grad for q in self.space.params]  # held: a failed step reads them again
-        checksum, inside, energy = self._pass(op, kicks, drifts, back, kick, drift, after, grads)
-        if (known is not None and checksum != known.checksum) or (not back and not inside):
-            if drifts:
-                self._pass(op, False, True, not back, 0.0, drift, after, None)
-            if kicks:
-                self._pass(op, True, False, not back, kick, 0.0, after, grads)
-            self.space.wrote(q=drifts, p=kicks)
-            self.versions = self._versions()
-            if not back:
-                raise OverflowError(_overflow(op, "a coordinate or an increment", "too large"))
-            raise RuntimeError(
-                f"{op}: the way back leaves the way out at step {self.space.step_count}: the "
-                f"gradient there is not the same to the bit. Use the same batch, random state and "
-                f"buffers, and torch.use_deterministic_algorithms(True)"
-            )
-        self.scale = after
-        if back:
-            del self.moves[-(kicks + drifts) :]
-            self.space.step_count -= drifts
-        else:
-            if kicks:
-                self.moves.append(Move("kick", step_kick, damp, before, checksum))
-            if drifts:
-                self.moves.append(Move("drift", step_drift, 1.0, after, 0))
-            self.space.step_count += drifts
-        self.space.wrote(q=drifts, p=kicks)
-        self.versions = self._versions()
-        return energy
-
-    def _pass(
-        self,
-        op: str,
-        kicks: bool,
-        drifts: bool,
-        back: bool,
-        kick: float,
-        drift: float,
-        scale: float,
-        grads: Any,
-    ) -> tuple[int, bool, Tensor]:
-        numbers = (kicks, drifts, back, kick, drift, scale)
-        space, result = self.space, None
-        if self.plan is not None:
-            result = self.plan.step(grads, *numbers, torch.get_num_threads())
-        if result is not None:
-            return result
-        with torch.no_grad():
-            if kicks:
-                grads = space.checked_gradients(op, grads)
-            else:
-                space.check_layouts(op)
-                grads = [None] * len(space.params)
-            if self.plan is None:
-                checksum, inside, energy = _kernels(space).grid_step(
-                    space.params,
-                    self.rest_q,
-                    self.Q,
-                    self.P,
-                    grads,
-                    self.mass,
-                    self.unit_q,
-                    self.unit_p,
-                    *numbers,
-                )
-                return int(checksum) & reference.MASK, bool(inside), energy
-        result = self.plan.step(grads, *numbers, torch.get_num_threads())
-        if result is None:
-            raise RuntimeError(
-                f"{op}: the plan is stale: the memory of its grid has moved. Make a new PhaseSpace"
-            )
-        return result
-
-    def scale_(self, factor: float) -> None:
-        last = self.moves[-1] if self.moves else None
-        if not factor > 0.0:
-            raise ValueError(f"scale_momenta_: factor must be positive, got {factor}")
-        if last and last.kind == "scale" and math.isclose(last.factor, 1 / factor, rel_tol=1e-9):
-            self.scale = self.moves.pop().scale
-            return
-        if not 1e-250 < self.scale * factor < 1e250:
-            raise OverflowError(
-                _overflow("scale_momenta_", "the factor s of the momenta", f"{self.scale * factor}")
-            )
-        self.moves.append(Move("scale", 0.0, factor, self.scale, 0))
-        self.scale *= factor
-
-    # ---- what others wrote -----------------------------------------------------------------------
-
-    def _versions(self) -> list[int]:
-        return [0 if q.is_inference() else q._version for q in self.space.params]
-
-    def _check_versions(self, op: str) -> None:
-        versions = self._versions()
-        if versions != self.versions:
-            i = next(i for i, (a, b) in enumerate(zip(versions, self.versions)) if a != b)
-            raise RuntimeError(
-                f"{op}: the plan is stale: params[{i}] was written since the last step, but with "
-                f"exact=True its grid holds the position. Make a new PhaseSpace"
-            )
-
-    # ---- saving ----------------------------------------------------------------------------------
-
-    def state(self) -> dict[str, Any]:
-        def copies(xs: Sequence[Tensor | None]) -> list[Tensor | None]:
-            return [None if x is None else x.clone() for x in xs]
-
-        return {
-            "Q": copies(self.Q),
-            "P": copies(self.P),
-            "rest_q": copies(self.rest_q),
-            "rest_p": copies(self.rest_p),
-            "unit_q": list(self.unit_q),
-            "unit_p": list(self.unit_p),
-            "scale": self.scale,
-            "moves": [tuple(m) for m in self.moves],
-        }
-
-    def load(self, state: dict[str, Any]) -> None:
-        self.unit_q, self.unit_p = list(state["unit_q"]), list(state["unit_p"])
-        self.scale, self.moves = state["scale"], [Move(*m) for m in state["moves"]]
-        for grid, saved in zip([*self.Q, *self.P], [*state["Q"], *state["P"]]):
-            grid.copy_(saved)
-        params = self.space.params
-        self.rest_q, self.rest_p = (
-            [
-                None if r is None else torch.empty_like(q, dtype=r.dtype).copy_(r)
-                for q, r in zip(params, state[name])
-            ]
-            for name in ("rest_q", "rest_p")
-        )
-        for q, Q, r, u in zip(params, self.Q, self.rest_q, self.unit_q):
-            wide = u * Q.double()
-            q.copy_(reference.by_way_of_fp32(wide if r is None else wide + r.double(), q.dtype))
-        self._make_plan()
-
-
 def _compiled(space: PhaseSpace) -> bool:
     """Whether the compiled CPU kernels take this plan."""
     return (
         backends.compiled is not None
         and space.device.type == "cpu"
         and space.backend in ("auto", "cpu")
-        and all(_is_dense(q) for q in space.params)
+        and all(is_dense(q) for q in space.params)
     )
 
 
 def _kernels(space: PhaseSpace) -> Any:
-    """Where there is no compiled plan: the module of the functions phase_step and grid_step."""
+    """What `PhaseSpace.kernels` returns."""
     chosen = backends.choose("kick_drift_", space.device, space.backend, {})
-    dense = all(_is_dense(q) for q in space.params)
-    if dense and chosen in ("triton", "cuda") and backends.available()["triton"] is None:
+    dense = all(is_dense(q) for q in space.params)
+    if dense and chosen == "cuda":
+        from .cuda_kernels.phase_space import Plan
+
+        return Plan()
+    if dense and chosen == "triton":
         from .triton_kernels import phase_space as triton
 
         return triton
     return reference
-
-
-def _is_dense(q: Tensor) -> bool:
-    return not q.is_neg() and torch.empty_like(q, device="meta").stride() == q.stride()
-
-
-def _layout(x: Tensor) -> tuple[Any, ...]:
-    return tuple(x.shape), x.stride(), x.dtype, x.device
-
-
-def _words(layout: tuple[Any, ...]) -> str:
-    shape, stride, dtype, device = layout
-    return f"{shape} with strides {stride} of {dtype} on {device}"
-
-
-def _laid_out_like(q: Tensor, x: Tensor) -> Tensor:
-    """x with the strides of q, so that a kernel can walk through both as flat memory."""
-    if x.stride() == q.stride() and not x.is_neg():
-        return x
-    return torch.empty_like(q, dtype=x.dtype, requires_grad=False).copy_(x)
-
-
-def _allocate(
-    like: Sequence[Tensor], dtypes: Sequence[torch.dtype]
-) -> tuple[list[Tensor], list[Tensor]]:
-    """One zeroed tensor like each, in the dtypes given, as views of one memory per dtype; and
-    these memories. Views share their version counter, so autograd is told of a step once."""
-    ends: dict[torch.dtype, int] = {}
-    starts = []
-    for x, dtype in zip(like, dtypes):
-        start = -(-ends.get(dtype, 0) // 16) * 16  # on a boundary of 64 bytes or more
-        starts.append(start)
-        ends[dtype] = start + x.numel()
-    device = like[0].device if like else None
-    memory = {d: torch.zeros(n, dtype=d, device=device) for d, n in ends.items()}
-    views = [
-        memory[d].as_strided(x.shape, torch.empty_like(x, device="meta").stride(), start)
-        for x, d, start in zip(like, dtypes, starts)
-    ]
-    return views, list(memory.values())
-
-
-def _unit(x: Tensor, relative: float) -> float:
-    """A power of two: `relative` times the scale of x, rounded up to one."""
-    largest = float(x.abs().max()) if x.numel() else 0.0
-    if not math.isfinite(largest):
-        raise ValueError(
-            "PhaseSpace: exact=True needs finite positions and momenta, got NaN or inf"
-        )
-    scale = max(largest, 0.0625) if largest > 0 else 1.0
-    return 2.0 ** math.ceil(math.log2(scale)) * relative
-
-
-def _remainders(
-    xs: Sequence[Tensor], grids: Sequence[Tensor], units: Sequence[float]
-) -> list[Tensor | None]:
-    """x − unit·grid, which is exact, or None where it is zero everywhere."""
-    rest = [(x.double() - u * g.double()) for x, g, u in zip(xs, grids, units)]
-    return [torch.empty_like(x).copy_(r) if bool(r.any()) else None for x, r in zip(xs, rest)]
-
-
-def _overflow(op: str, what: str, value: str) -> str:
-    return (
-        f"{op}: {what} would leave the grid of exact=True ({value}); the state is as before. Take "
-        f"a smaller dt or less damping, or start a new PhaseSpace from here"
-    )

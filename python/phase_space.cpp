@@ -18,106 +18,143 @@ namespace {
 class Plan {
  public:
   // params: the positions. owned: tensors of the plan, by address; a step refuses to run when one
-  // of them has moved. momenta: of the plan, one for each of params, or empty.
+  // of them has moved.
   Plan(py::list params, py::list owned)
-      : params_(std::move(params)), owned_(std::move(owned)), views_(py::len(params_)) {
-    shapes_.resize(views_.size());
-    grads_.resize(views_.size());
+      : params_(std::move(params)), owned_(std::move(owned)), known_(py::len(params_)) {
+    held_.reserve(size());
     if (!views_of(owned_, owned_views_)) throw py::value_error("owned: not plain CPU tensors");
-    for (size_t i = 0; i < views_.size(); ++i) {
-      if (!view_of(params_[i], views_[i]) || !is_dense(views_[i]))
+    for (size_t i = 0; i < size(); ++i) {
+      View view;
+      if (!view_of(params_[i], view) || !is_dense(view))
         throw py::value_error("params: not plain, dense CPU tensors");
-      shapes_[i].assign(views_[i].shape, views_[i].shape + views_[i].ndim);
-      shapes_[i].insert(shapes_[i].end(), views_[i].strides, views_[i].strides + views_[i].ndim);
+      known_[i] = {view.data, view.count, view.bytes, shapes_.size(), view.ndim, view.dtype};
+      shapes_.insert(shapes_.end(), view.shape, view.shape + view.ndim);
+      shapes_.insert(shapes_.end(), view.strides, view.strides + view.ndim);
+      held_.emplace_back(params_[i]);
     }
     fill_written();
   }
 
-  size_t size() const { return views_.size(); }
-  const View& q(size_t i) const { return views_[i]; }
-  const void* grad(size_t i) const { return grads_[i]; }
+  // What a plan knows of a parameter.
+  struct Known {
+    char* q;
+    int64_t count, bytes;
+    size_t shape;  // where its sizes, then its strides begin in shapes_
+    int32_t ndim;
+    DType dtype;
+    bool skipped = false;        // takes no part in the last step
+    const char* grad = nullptr;  // of the last kick, where it took part
+    const char* safe = nullptr;  // the last gradient that was found outside of written_
+  };
 
-  // Reads the addresses anew; `grads`: a list of tensors or None, or None for the .grad of each
-  // parameter; unread unless `kicks`. False where anything is not what it was, or not what the
-  // kernel takes: then nothing has been touched.
-  bool refresh(py::handle grads, bool kicks) {
+  size_t size() const { return known_.size(); }
+  const Known& operator[](size_t i) const { return known_[i]; }
+
+  // Places of the parameters that took no part in the last step.
+  py::tuple skipped() const {
+    py::list places;
+    if (any_skipped_)
+      for (size_t i = 0; i < size(); ++i)
+        if (known_[i].skipped) places.append(i);
+    return py::tuple(places);
+  }
+
+  // Reads the addresses anew. grads: a list of tensors or None, or None for the .grad of each
+  // parameter; a parameter without one is skipped. Unread unless `kicks`: then those are skipped
+  // whose places `skipped` has. False where anything is not what it was, or not what the kernel
+  // takes: then nothing has been touched.
+  bool refresh(py::handle grads, const py::tuple& skipped, bool kicks) {
+    const auto n = static_cast<Py_ssize_t>(size());
+    const bool given = kicks && !grads.is_none();
+    if (PyList_GET_SIZE(params_.ptr()) != n ||
+        (given && (!PyList_Check(grads.ptr()) || PyList_GET_SIZE(grads.ptr()) != n)))
+      return false;
+    if (any_skipped_)
+      for (Known& known : known_) known.skipped = false;
+    any_skipped_ = false;
     View view;
     for (size_t i = 0; i < owned_views_.size(); ++i)
       if (!plain_view_of(PyList_GET_ITEM(owned_.ptr(), i), view) ||
           view.data != owned_views_[i].data || view.bytes != owned_views_[i].bytes)
         return false;
-    if (PyList_GET_SIZE(params_.ptr()) != static_cast<Py_ssize_t>(size())) return false;
-    for (size_t i = 0; i < size(); ++i) {
+    for (Py_ssize_t i = 0; i < n; ++i) {
+      Known& known = known_[i];
       PyObject* param = PyList_GET_ITEM(params_.ptr(), i);
-      if (!plain_view_of(param, view) || view.dtype != views_[i].dtype ||
-          !has_shape(view, shapes_[i]))
+      if (!plain_view_of(param, view) || !is_like(view, known)) return false;
+      if (view.data != known.q) {
+        if (!view_of(param, view)) return false;
+        known.q = view.data;
+        moved_ = true;  // until the ranges are those of all parameters
+      }
+      if (!kicks) continue;
+      const py::object grad =
+          given ? py::reinterpret_borrow<py::object>(PyList_GET_ITEM(grads.ptr(), i))
+                : grad_of(param);
+      if (grad.is_none()) {
+        known.skipped = any_skipped_ = true;
+        continue;
+      }
+      // A lazily negated view is the imaginary part of a conjugate: its stride of 2 is no layout of
+      // a parameter, unless there is but one element.
+      if (!(given || known.count == 1 ? view_of(grad, view) : plain_view_of(grad, view)) ||
+          !is_like(view, known))
         return false;
-      if (view.data == views_[i].data) continue;
-      if (!view_of(param, view)) return false;
-      views_[i].data = view.data;
-      moved_ = true;  // until the ranges are those of all views
+      known.grad = view.data;
     }
     if (moved_) fill_written();
     if (overlap_) return false;
-    if (!kicks) return true;
-    const bool given = !grads.is_none();
-    if (given && (!PyList_Check(grads.ptr()) ||
-                  PyList_GET_SIZE(grads.ptr()) != static_cast<Py_ssize_t>(size())))
-      return false;
-    for (size_t i = 0; i < size(); ++i) {
-      const py::object grad =
-          given ? py::reinterpret_borrow<py::object>(PyList_GET_ITEM(grads.ptr(), i))
-                : grad_of(PyList_GET_ITEM(params_.ptr(), i));
-      grads_[i] = nullptr;
-      if (grad.is_none()) continue;
-      // A lazily negated view is the imaginary part of a conjugate: its stride of 2 is no layout of
-      // a parameter, unless there is but one element.
-      const bool seen =
-          given || views_[i].count == 1 ? view_of(grad, view) : plain_view_of(grad, view);
-      if (!seen || view.dtype != views_[i].dtype || !has_shape(view, shapes_[i]) ||
-          (view.count && is_written(view)))
-        return false;
-      grads_[i] = view.data;
-    }
+    if (!kicks)
+      for (const auto& place : skipped)
+        known_.at(place.cast<size_t>()).skipped = any_skipped_ = true;
+    else
+      for (Known& known : known_) {
+        if (known.grad == known.safe || known.skipped || !known.count) continue;
+        if (is_written(known.grad, known.bytes)) return false;
+        known.safe = known.grad;
+      }
     return true;
   }
 
  private:
   using Range = std::pair<const char*, const char*>;
 
-  // Sizes must be equal, strides only where they matter.
-  static bool has_shape(const View& view, const std::vector<int64_t>& shape) {
-    const size_t n = view.ndim;
-    if (shape.size() != 2 * n) return false;
-    for (size_t d = 0; d < n; ++d)
-      if (view.shape[d] != shape[d] || (shape[d] != 1 && view.strides[d] != shape[n + d]))
+  // Dtype and sizes must be equal, strides only where they matter.
+  bool is_like(const View& view, const Known& known) const {
+    if (view.dtype != known.dtype || view.ndim != known.ndim) return false;
+    const int64_t *shape = shapes_.data() + known.shape, *strides = shape + known.ndim;
+    for (int32_t d = 0; d < known.ndim; ++d)
+      if (view.shape[d] != shape[d] || (shape[d] != 1 && view.strides[d] != strides[d]))
         return false;
     return true;
   }
 
   void fill_written() {
     written_.clear();
-    for (const auto* views : {&views_, &owned_views_})
-      for (const View& v : *views)
-        if (v.count) written_.emplace_back(v.data, v.data + v.bytes);
+    for (Known& known : known_) {
+      if (known.count) written_.emplace_back(known.q, known.q + known.bytes);
+      known.safe = nullptr;
+    }
+    for (const View& v : owned_views_)
+      if (v.count) written_.emplace_back(v.data, v.data + v.bytes);
     std::sort(written_.begin(), written_.end());
     moved_ = overlap_ = false;
     for (size_t i = 1; i < written_.size(); ++i)
       overlap_ |= written_[i].first < written_[i - 1].second;
   }
 
-  bool is_written(const View& view) const {
+  bool is_written(const char* data, int64_t bytes) const {
     const auto next =
-        std::lower_bound(written_.begin(), written_.end(), Range(view.data + view.bytes, nullptr));
-    return next != written_.begin() && std::prev(next)->second > view.data;
+        std::lower_bound(written_.begin(), written_.end(), Range(data + bytes, nullptr));
+    return next != written_.begin() && std::prev(next)->second > data;
   }
 
   py::list params_, owned_;
-  std::vector<View> views_, owned_views_;  // of owned_: data, bytes and count only
-  std::vector<std::vector<int64_t>> shapes_;
-  std::vector<const void*> grads_;
+  std::vector<Known> known_;
+  std::vector<Held> held_;
+  std::vector<View> owned_views_;  // data, bytes and count only
+  std::vector<int64_t> shapes_;
   std::vector<Range> written_;
-  bool moved_ = false, overlap_ = false;
+  bool any_skipped_ = false, moved_ = false, overlap_ = false;
 };
 
 template <class Item, class F>
@@ -149,25 +186,35 @@ class PhasePlan {
     for (size_t i = 0; i < items_.size(); ++i) {
       View p;
       if (!view_of(momenta[i], p)) throw py::value_error("momenta: not plain CPU tensors");
-      items_[i] = {plan_.q(i).dtype, p.dtype, plan_.q(i).count,          nullptr,
-                   p.data,           nullptr, mass_address(inv_mass[i]), scalar_mass(inv_mass[i])};
+      items_[i] = {plan_[i].dtype,
+                   p.dtype,
+                   plan_[i].count,
+                   nullptr,
+                   p.data,
+                   nullptr,
+                   mass_address(inv_mass[i]),
+                   scalar_mass(inv_mass[i]),
+                   false};
     }
   }
 
   // The kinetic energy, or None where the plan is not what it was or a gradient is odd.
-  py::object step(py::handle grads, bool kicks, bool drifts, double kick, double damp, double drift,
-                  uint64_t key, int threads) {
+  py::object step(py::handle grads, const py::tuple& skipped, bool kicks, bool drifts, double kick,
+                  double damp, double drift, uint64_t key, int threads) {
     if (!(std::isfinite(kick) && std::isfinite(damp) && std::isfinite(drift)) ||
-        !plan_.refresh(grads, kicks))
+        !plan_.refresh(grads, skipped, kicks))
       return py::none();
     for (size_t i = 0; i < items_.size(); ++i) {
-      items_[i].q = plan_.q(i).data;
-      items_[i].grad = plan_.grad(i);
+      items_[i].q = plan_[i].q;
+      items_[i].grad = plan_[i].grad;
+      items_[i].skipped = plan_[i].skipped;
     }
     const PhaseStep step{kicks, drifts, kick, damp, drift, key};
     return scalar_tensor(
         released(items_, [&] { return phase_step(items_.data(), items_.size(), step, threads); }));
   }
+
+  py::tuple skipped() const { return plan_.skipped(); }
 
  private:
   Plan plan_;
@@ -181,8 +228,8 @@ class GridPlan {
            py::list owned, const std::vector<double>& unit_q, const std::vector<double>& unit_p)
       : plan_(std::move(params), std::move(owned)), items_(plan_.size()) {
     for (size_t i = 0; i < items_.size(); ++i)
-      items_[i] = {plan_.q(i).dtype,
-                   plan_.q(i).count,
+      items_[i] = {plan_[i].dtype,
+                   plan_[i].count,
                    nullptr,
                    remainders[i].is_none() ? nullptr : address(remainders[i]),
                    reinterpret_cast<int64_t*>(address(Q[i])),
@@ -191,19 +238,25 @@ class GridPlan {
                    static_cast<const double*>(mass_address(inv_mass[i])),
                    scalar_mass(inv_mass[i]),
                    unit_q[i],
-                   unit_p[i]};
+                   unit_p[i],
+                   1.0,
+                   false};
   }
 
   // (checksum, inside, kinetic energy), or None where the plan is not what it was or a gradient is
   // odd.
-  py::object step(py::handle grads, bool kicks, bool drifts, bool back, double kick, double drift,
-                  double scale, int threads) {
-    if (!plan_.refresh(grads, kicks)) return py::none();
+  // scale: s of all tensors but those in `own`, a dict of place and s.
+  py::object step(py::handle grads, const py::tuple& skipped, bool kicks, bool drifts, bool back,
+                  double kick, double drift, double scale, const py::dict& own, int threads) {
+    if (!plan_.refresh(grads, skipped, kicks)) return py::none();
     for (size_t i = 0; i < items_.size(); ++i) {
-      items_[i].q = plan_.q(i).data;
-      items_[i].grad = plan_.grad(i);
+      items_[i].q = plan_[i].q;
+      items_[i].grad = plan_[i].grad;
+      items_[i].scale = scale;
+      items_[i].skipped = plan_[i].skipped;
     }
-    const GridStep step{kicks, drifts, back, kick, drift, scale};
+    for (const auto& [place, s] : own) items_.at(place.cast<size_t>()).scale = s.cast<double>();
+    const GridStep step{kicks, drifts, back, kick, drift};
     const GridResult result =
         released(items_, [&] { return grid_step(items_.data(), items_.size(), step, threads); });
     return py::make_tuple(result.checksum, result.inside, scalar_tensor(result.energy));
@@ -219,7 +272,8 @@ class GridPlan {
 void bind_phase_space(py::module_& module) {
   py::class_<PhasePlan>(module, "PhasePlan")
       .def(py::init<py::list, py::list, py::list, py::list>())
-      .def("step", &PhasePlan::step);
+      .def("step", &PhasePlan::step)
+      .def("skipped", &PhasePlan::skipped);
   py::class_<GridPlan>(module, "GridPlan")
       .def(py::init<py::list, py::list, py::list, py::list, py::list, py::list,
                     const std::vector<double>&, const std::vector<double>&>())

@@ -21,7 +21,7 @@ struct ExchangeTable {
   uint32_t major, minor;
   ExchangeTable* previous;
   void* allocate;
-  void* managed_from_object;
+  int (*managed_from_object)(void* object, ManagedTensor** out);
   int (*object_from_managed)(ManagedTensor* tensor, void** out);
   int (*tensor_from_object)(void* object, DLTensor* out);
   void* current_stream;
@@ -107,6 +107,18 @@ py::object grad_of(py::handle tensor) {
   PyObject* found = grad->get(tensor.ptr(), grad->closure);
   if (!found) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(found);
+}
+
+Held::Held(py::handle tensor) {
+  ManagedTensor* managed = nullptr;
+  if (!table->managed_from_object || table->managed_from_object(tensor.ptr(), &managed) != 0)
+    PyErr_Clear();  // reading it takes longer then
+  managed_ = managed;
+}
+
+Held::~Held() {
+  auto* managed = static_cast<ManagedTensor*>(managed_);
+  if (managed && managed->deleter) managed->deleter(managed);
 }
 
 bool view_of(py::handle object, View& view, bool recording) {

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <utility>
 #include <vector>
 
 #include "gti/common.h"
@@ -47,6 +48,20 @@ bool view_of(py::handle object, View& view, bool recording = false);
 // `view_of` without the question whether the tensor is a lazily negated view, which costs more than
 // all else here.
 bool plain_view_of(py::handle object, View& view);
+
+// Holds a tensor as C++ code does, beside the references of Python. torch counts a reference to an
+// object of Python whenever the number of the others goes from one to two and back, as each reading
+// of a tensor makes it; one more that stays keeps those from being counted.
+class Held {
+ public:
+  explicit Held(py::handle tensor);
+  ~Held();
+  Held(Held&& other) noexcept : managed_(std::exchange(other.managed_, nullptr)) {}
+  Held(const Held&) = delete;
+
+ private:
+  void* managed_ = nullptr;
+};
 
 // The .grad of a tensor of a plain type, a new reference. Never through an overridden attribute.
 py::object grad_of(py::handle tensor);

@@ -67,6 +67,28 @@ def test_momenta_of_a_quadratic_have_the_variance_of_the_scheme(stiffness, inv_m
     assert abs(correlation.item()) < 5 / math.sqrt(N)
 
 
+def test_parameters_of_16_bits():
+    q = nn.Parameter(torch.zeros(N, dtype=torch.bfloat16))
+    optimizer = gti.optim.BAOAB([q], 0.5, temperature=1.5, inv_mass=1.0, seed=1)
+    for _ in range(60):
+        q.grad = q.detach().clone()
+        optimizer.step()
+    assert q.detach().double().var().item() == near(1.5)
+
+
+def test_parameters_without_gradient_are_left_alone():
+    params = [nn.Parameter(torch.ones(5, dtype=F64)) for _ in range(3)]
+    optimizer = gti.optim.BAOAB(params, 0.1)
+    (space,) = optimizer.phase_spaces
+    for out in (0, 2, 1):
+        for i, q in enumerate(params):
+            q.grad = None if i == out else torch.ones_like(q)
+        q0, p0 = ([x.detach().clone() for x in xs] for xs in (params, space.momenta))
+        optimizer.step(loss=torch.tensor(0.0))
+        for i, (q, p) in enumerate(zip(params, space.momenta)):
+            assert torch.equal(q, q0[i]) == torch.equal(p, p0[i]) == (i == out)
+
+
 def test_ornstein_uhlenbeck_step_is_exact_for_a_free_particle():
     """p after time t: mean e^{−γt} p₀, variance T M (1 − e^{−2γt}), in one step or in four."""
     for steps in (1, 4):

@@ -17,6 +17,16 @@ def test_the_warm_started_list_and_its_peer_agree():
     assert work.bytes_moved == 2 * int((steps * torch.tensor([3072, 1536, 1000])).sum())
 
 
+def test_the_steps_of_a_plan_and_their_peers_run():
+    shapes = ((64, 48), (48,))
+    for work in (bench_gpu._plan("cpu", shapes), bench_gpu._exact_plan("cpu", shapes)):
+        before = float(work.op())
+        assert float(work.op()) > before > 0  # the gradient is the same, the momenta grow
+        for peer in work.peers.values():
+            peer()
+    assert bench_gpu._plan("cpu", shapes).bytes_moved == 20 * (64 * 48 + 48)
+
+
 def test_the_fp64_roof_has_as_many_operations():
     work = bench_gpu._roof("cpu", 8, 5000)
     (product,) = (peer().shape for peer in work.peers.values())

@@ -179,12 +179,30 @@ CASES = [
     ("kick_", ValueError, "step.*nan", lambda t, **b: gti.kick_(t.a, t.b, NAN, **b)),
     ("kick_", ValueError, "step.*inf", lambda t, **b: gti.kick_(t.a, t.b, -INF, **b)),
     ("kick_", ValueError, "damp", lambda t, **b: gti.kick_(t.a, t.b, 0.1, damp=NAN, **b)),
-    ("kick_", TypeError, "step.*item", lambda t, **b: gti.kick_(t.a, t.b, t.scalar, **b)),
-    ("kick_", TypeError, "damp.*item", lambda t, **b: gti.kick_(t.a, t.b, 0.1, damp=t.scalar, **b)),
+    # Factors as tensors
+    (
+        "kick_",
+        ValueError,
+        r"step .*\(1,\)",
+        lambda t, **b: gti.kick_(t.a, t.b, t.scalar[None], **b),
+    ),
+    (
+        "kick_",
+        TypeError,
+        "step .*bfl",
+        lambda t, **b: gti.kick_(t.a, t.b, t.scalar.bfloat16(), **b),
+    ),
+    (
+        "kick_",
+        ValueError,
+        "damp .*on cpu.*on meta.*to.'cpu'",
+        lambda t, **b: gti.kick_(t.a, t.b, 0.1, damp=t.scalar.to("meta"), **b),
+    ),
+    ("kick_", ValueError, "step .*finite", lambda t, **b: gti.kick_(t.a, t.b, t.scalar * INF, **b)),
     ("kick_", TypeError, "step.*str", lambda t, **b: gti.kick_(t.a, t.b, "fast", **b)),
     ("kick_", TypeError, "step.*None", lambda t, **b: gti.kick_(t.a, t.b, None, **b)),
     ("drift_", ValueError, "step", lambda t, **b: gti.drift_(t.a, t.b, INF, **b)),
-    ("drift_", TypeError, "step.*item", lambda t, **b: gti.drift_(t.a, t.b, t.scalar, **b)),
+    ("drift_", TypeError, "step .*int", lambda t, **b: gti.drift_(t.a, t.b, t.scalar.int(), **b)),
     (
         "kick_drift_",
         ValueError,
@@ -194,9 +212,9 @@ CASES = [
     ("kick_drift_", ValueError, "drift ", lambda t, **b: gti.kick_drift_(t.a, t.b, t.c, 1.0, INF)),
     (
         "kick_drift_",
-        TypeError,
-        "drift must.*item",
-        lambda t, **b: gti.kick_drift_(t.a, t.b, t.c, 1.0, t.scalar, **b),
+        ValueError,
+        r"drift .*\(2,\)",
+        lambda t, **b: gti.kick_drift_(t.a, t.b, t.c, 1.0, torch.ones(2), **b),
     ),
     (
         "kick_drift_",

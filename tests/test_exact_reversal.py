@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 
+import mpmath
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
 import gti_kernels as gti
-from gti_kernels import phase_space, testing
+from gti_kernels import exact_grid, testing
 from gti_kernels.models.simple_cnn import SimpleCNN
 
 BACKENDS = ("cpu", "reference")
@@ -55,7 +56,7 @@ def walked(backend, dtype, mass, threads=1):
     space.kick_(0.3, grads=[None if i == 4 else g for i, g in enumerate(sines(q))])
     space.drift_(-0.1)
     space.scale_momenta_(0.8)
-    checksums = [m.checksum for m in space._engine.moves]
+    checksums = list(space._engine.moves.checksums)
     return copies(q), space.momenta, [*space._engine.Q, *space._engine.P], checksums, energies
 
 
@@ -79,7 +80,7 @@ def test_increments_are_the_nearest_integers(backend):
     g = g.double()
     q = torch.zeros(len(g), dtype=torch.float64)
     space = gti.PhaseSpace(q, inv_mass=1.0, exact=True, backend=backend)
-    unit = phase_space.UNIT_P
+    unit = exact_grid.UNIT_P
     space.kick_(-unit, grads=[g])
     expected = [round(x) for x in g.tolist()]
     assert space._engine.P[0].tolist() == expected
@@ -89,10 +90,10 @@ def test_increments_are_the_nearest_integers(backend):
         torch.tensor([2**61 + 1, -(2**61) - 3, 2**53 + 1, 3, -3, 5, 0, 1, -1, 7])
     )
     rate = 2.0**-12
-    space.drift_(rate * phase_space.UNIT_Q / unit)
+    space.drift_(rate * exact_grid.UNIT_Q / unit)
     wide = [float(x) for x in space._engine.P[0].tolist()]  # int to float rounds to nearest even
     assert space._engine.Q[0].tolist() == [round(rate * x) for x in wide]
-    assert torch.equal(q, phase_space.UNIT_Q * space._engine.Q[0].double())
+    assert torch.equal(q, exact_grid.UNIT_Q * space._engine.Q[0].double())
 
 
 @every_backend
@@ -130,6 +131,87 @@ def test_every_bit_returns(order, composition, dtype, backend):
     assert (q[0] - q0[0]).abs().max() > 0.1
     gti.leapfrog_(q, p, sines, -0.1, steps=20, **options)
     assert same_bits(q, q0) and same_bits(p, p0)
+
+
+@every_backend
+def test_every_bit_returns_when_gradients_come_and_go(backend):
+    """Each step another set of gradients that are None, damped each by another factor."""
+    q = [numbers(*s, dtype=torch.float32) for s in ((5,), (4, 3), (700,))]
+    p = [numbers(*x.shape, dtype=torch.float32, seed=1) for x in q]
+    space = gti.PhaseSpace(q, inv_mass=0.7, momentum=p, exact=True, backend=backend)
+    sets = [(), (1,), (0, 2), (1,), (1,), (0, 1, 2), (2,), ()] * 3
+    h, seen = 0.1, []
+
+    def grads(skipped):
+        return [None if i in skipped else g for i, g in enumerate(sines(q))]
+
+    def everything():
+        return [*copies(q), *space.momenta, *copies(space._engine.Q), *copies(space._engine.P)]
+
+    for t, skipped in enumerate(sets):
+        seen.append(everything())
+        space.kick_drift_(h, h, damp=1.0 - 0.01 * (t % 5), grads=grads(skipped))
+        assert space.skipped == skipped
+    for t, skipped in reversed(list(enumerate(sets))):
+        damp = 1.0 - 0.01 * (t % 5)
+        if t % 2:
+            assert space.undo_drift_() == h
+        else:
+            space.drift_(-h)
+        there = everything()
+        for other in {(), (0,), (1,), (0, 2), (0, 1, 2)} - {skipped}:
+            with pytest.raises(RuntimeError, match=f"leaves the way out at step {t}: .*None"):
+                space.kick_(-h / damp, damp=1 / damp, grads=grads(other))
+        assert same_bits(everything(), there)
+        if t % 2:
+            space.undo_kick_(grads(skipped))
+        else:
+            space.kick_(-h / damp, damp=1 / damp, grads=grads(skipped))
+        assert same_bits(everything(), seen[t])
+    assert space._engine.own == {} and space._engine.log == 0
+
+
+def test_what_can_be_undone():
+    q = numbers(5)
+    with pytest.raises(RuntimeError, match="only a plan with exact=True"):
+        gti.PhaseSpace(q).undo_drift_()
+    space = gti.PhaseSpace(q, exact=True)
+    with pytest.raises(RuntimeError, match="last move to take back must be a drift"):
+        space.undo_drift_()
+    space.drift_(0.1)
+    with pytest.raises(RuntimeError, match="last move to take back must be a kick"):
+        space.undo_kick_([q.clone()])
+    assert space.undo_drift_() == 0.1 and space.step_count == 0
+
+
+def test_the_moves_are_packed():
+    """10 bytes a step at constant dt, of which 8 are the checksum; 8 more for a number that
+    changes."""
+
+    def size(space):
+        return sum(x.nbytes for x in flat(space.state_dict()["moves"]))
+
+    def flat(x):
+        if isinstance(x, torch.Tensor):
+            return [x]
+        return [t for y in (x.values() if isinstance(x, dict) else x) for t in flat(y)]
+
+    for changing, bytes_a_step in ((0, 10), (1, 18), (2, 26)):
+        q = [torch.ones(2)]
+        space = gti.PhaseSpace(q, inv_mass=1.0, exact=True)
+        sizes = []
+        for t in range(200):
+            damp = 0.99 + 1e-5 * t if changing else 0.99
+            space.kick_drift_(1e-3, 1e-3 + 1e-8 * t * (changing > 1), damp=damp, grads=sines(q))
+            sizes.append(size(space))
+        assert {b - a for a, b in zip(sizes[1:], sizes[2:])} == {bytes_a_step}
+
+
+@pytest.mark.parametrize("log", [0, 1, -1, 2**52, 3 * 2**51, -(2**51), 2**51 + 1, -829 * 2**52 + 5])
+def test_powers_of_two(log):
+    with mpmath.workdps(40):
+        exact = mpmath.mpf(2) ** (mpmath.mpf(log) / 2**52)
+        assert abs(exact_grid.power_of_two(log) / exact - 1) < 3 * 2.0**-53
 
 
 def test_a_hundred_thousand_steps_on_a_quadratic():

@@ -93,6 +93,23 @@ def test_mixed_dtypes_in_a_list(backend):
 
 
 @every_backend
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_factors_may_be_tensors(dtype, backend):
+    q, p, g = ([numbers(n, seed=n + i) for n in (5, 40)] for i in range(3))
+    runs = []
+    for wrap in (float, lambda x: torch.tensor(x, dtype=dtype)):
+        a, b = ([x.clone() for x in xs] for xs in (q, p))
+        gti.kick_(b, g, wrap(0.375), damp=wrap(0.75), backend=backend)
+        gti.kick_(b[0], g[0], wrap(0.5), backend=backend)  # one float, one tensor
+        gti.drift_(a, b, wrap(-0.25), backend=backend)
+        gti.kick_drift_(a, b, g, wrap(0.125), 0.5, damp=wrap(0.875), backend=backend)
+        runs.append([*a, *b])
+    assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
+    with pytest.raises(RuntimeError, match="kick_ has no derivative"):
+        gti.kick_(p, g, torch.tensor(0.1, requires_grad=True), backend=backend)
+
+
+@every_backend
 def test_nan_stays_where_it_is(backend):
     p, g = torch.ones(20), torch.ones(20)
     g[3], g[18] = math.nan, math.inf

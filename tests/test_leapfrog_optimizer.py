@@ -433,16 +433,19 @@ def test_exact_walk_of_a_cnn_returns_every_bit(form, steps):
 
     def closure_at(t):
         x, y = batches[t % len(batches)]
+        model.head.bias.requires_grad_(t % 4 > 1)  # its gradient comes and goes
         return closure_of(optimizer, lambda: nn.functional.cross_entropy(model(x), y))
 
-    start = grid_state(optimizer)
+    start, skipped = grid_state(optimizer), set()
     for t in range(steps):
         optimizer.param_groups[1]["lr"] = 0.2 / (1 + t % 3)
         if form == "closure" or (form == "alternating" and t % 4 < 2):
             optimizer.step(closure_at(t))
         else:
             optimizer.step(loss=closure_at(t)())
+        skipped.add(optimizer.phase_spaces[1].skipped)
     assert 0 < int(optimizer.cap_engagements) < steps
+    assert len(skipped) == 2
     assert not same(grid_state(optimizer), start)
     for t in reversed(range(steps)):
         optimizer.reverse(closure_at(t))
@@ -953,14 +956,72 @@ def test_bad_steps_touch_nothing():
         gti.optim.Leapfrog([a], 0.1, order=4).step()
 
 
-def test_parameters_without_gradient_are_passed_over():
-    a, b = parameter(1.0), parameter(2.0)
-    optimizer = gti.optim.Leapfrog([a, b], 0.1, inv_mass=1.0)
-    optimizer.step()
-    a.grad = torch.ones_like(a)
-    optimizer.step()
-    assert a.item() == pytest.approx(0.99)
-    assert b.item() == 2.0
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("form", ["staggered", "closure"])
+def test_parameters_without_gradient_are_left_alone(form, exact):
+    """As torch.optim.SGD does; here each has its turn."""
+    params = [parameter(1.0, 2.0), parameter(3.0), parameter(-1.0)]
+    optimizer = gti.optim.Leapfrog(
+        params, 0.1, inv_mass=1.0, damping=0.5, momentum="gaussian", exact=exact
+    )
+    (space,) = optimizer.phase_spaces
+    for t in range(6):
+        out = t % 3
+        q0, p0 = values(params), values(space.momenta)
+
+        def closure(out=out):
+            optimizer.zero_grad()
+            for i, q in enumerate(params):
+                q.grad = None if i == out else torch.sin(q.detach())
+            return torch.tensor(1.0)
+
+        if form == "closure":
+            optimizer.step(closure)
+        else:
+            closure()
+            optimizer.step(loss=1.0)
+        for i, (q, p) in enumerate(zip(params, space.momenta)):
+            assert torch.equal(q, q0[i]) == torch.equal(p, p0[i]) == (i == out)
+        kinetic = sum(float(0.5 * p.square().sum()) for p in space.momenta)
+        if form == "closure":
+            assert float(optimizer.energy()) == pytest.approx(kinetic + 1.0)
+
+
+def test_steps_of_leapfrog_and_sgd_skip_alike():
+    (a, b), (c, d) = ([parameter(1.0), parameter(2.0)] for _ in range(2))
+    dt, damping = 0.2, 0.5
+    leapfrog = gti.optim.Leapfrog([a, b], dt, inv_mass=1.0, damping=damping)
+    sgd = torch.optim.SGD([c, d], lr=dt**2, momentum=math.exp(-damping * dt))
+    for t in range(8):
+        for (x, y), optimizer in (((a, b), leapfrog), ((c, d), sgd)):
+            optimizer.zero_grad()
+            loss = torch.sin(x).sum() if t % 3 == 1 else torch.sin(x * y).sum()
+            loss.backward()
+            optimizer.step()
+    torch.testing.assert_close([a, b], [c, d], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("form", ["staggered", "closure"])
+def test_reverse_with_gradients_that_are_none(form):
+    params = [parameter(1.0, 2.0), parameter(3.0)]
+    optimizer = gti.optim.Leapfrog(
+        params, 0.1, inv_mass=1.0, damping=0.3, momentum=[torch.ones(2), torch.ones(1)]
+    )
+    start = [*values(params), *values(optimizer.phase_spaces[0].momenta)]
+    closure = closure_of(optimizer, lambda: torch.sin(params[0]).sum())  # the other is unused
+    for _ in range(4):
+        optimizer.step(closure) if form == "closure" else optimizer.step(loss=closure())
+    assert not same(values(params)[:1], start[:1])
+    assert same([params[1], optimizer.phase_spaces[0].momenta[1]], [start[1], start[3]])
+    optimizer.zero_grad()  # says nothing about the step
+    for _ in range(3):
+        optimizer.reverse(closure)
+    both = closure_of(optimizer, lambda: sum(torch.sin(q).sum() for q in params))
+    with pytest.raises(RuntimeError, match="None are not those of the step walked back"):
+        optimizer.reverse(both)
+    optimizer.reverse(closure)
+    for x, y in zip([*params, *optimizer.phase_spaces[0].momenta], start, strict=True):
+        torch.testing.assert_close(x.detach(), y, rtol=1e-12, atol=1e-12)
 
 
 def test_empty_parameters_are_fine():

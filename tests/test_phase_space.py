@@ -106,17 +106,55 @@ def test_scalars_may_be_tensors():
 
 
 @every_backend
-def test_a_parameter_without_gradient_is_skipped(backend):
-    params = parameters((5,), (4,), (3,))
-    params[1].grad = None
-    space = gti.PhaseSpace(params, inv_mass=1.0, momentum="gaussian", backend=backend)
-    p = copies(space.momenta)
-    space.kick_(0.5, damp=0.5)
-    assert torch.equal(space.momenta[1], p[1])
-    torch.testing.assert_close(space.momenta[0], 0.5 * p[0] - 0.5 * params[0].grad)
-    energy = space.kick_drift_(0.5, 0.1, damp=0.5)
-    assert torch.equal(space.momenta[1], p[1])
-    assert float(energy) == pytest.approx(float(space.kinetic_energy()), rel=1e-13)
+@every_dtype
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_parameter_without_gradient_is_left_alone(exact, dtype, backend):
+    """As in torch.optim: position and momentum stay, bit by bit, damping included; the energy has
+    its momentum all the same."""
+    params = parameters((5,), (20_000,), (3, 4), dtype=dtype)
+    momentum_dtype = None if exact else torch.float64  # by way of phase_step on every backend
+    space = gti.PhaseSpace(
+        params,
+        inv_mass=[1.0, 0.5, 2.0],
+        momentum="gaussian",
+        momentum_dtype=momentum_dtype,
+        exact=exact,
+        backend=backend,
+    )
+    assert space.skipped == ()
+    grads = [p.grad for p in params]
+    for missing in ((1,), (0, 2), (1,), (0, 1, 2)):
+        for i, p in enumerate(params):
+            p.grad = None if i in missing else grads[i]
+        for damp in (1.0, 0.5):
+            q0, p0 = copies(params), copies(space.momenta)
+            space.kick_(0.25, damp=damp)
+            energy = space.kick_drift_(0.5, 0.125, damp=damp)
+            assert space.skipped == missing
+            for i in range(3):
+                stays = i in missing
+                assert torch.equal(params[i], q0[i]) == stays
+                assert torch.equal(space.momenta[i], p0[i]) == stays
+            assert float(energy) == pytest.approx(float(space.kinetic_energy()), rel=1e-6)
+    q0, p0 = copies(params), copies(space.momenta)
+    space.drift_(0.5, skipped=[2])
+    assert [torch.equal(a, b) for a, b in zip(params, q0)] == [False, False, True]
+    assert same_bits(space.momenta, p0)
+    for wrong in ([3], [-1]):
+        with pytest.raises(ValueError, match="skipped must hold places of the 3 parameters"):
+            space.drift_(0.5, skipped=wrong)
+
+
+@every_backend
+def test_the_kinetic_energy_of_what_is_skipped(backend):
+    q = [numbers(70), numbers(20_001, seed=1)]
+    w = [numbers(*x.shape, seed=2).abs() for x in q]
+    for mass in ([0.7, 1.3], w):
+        space = gti.PhaseSpace(q, inv_mass=mass, momentum=[x.clone() for x in q], backend=backend)
+        expected = sum(float((0.5 * m * x * x).sum()) for m, x in zip(mass, space.momenta))
+        before = copies(q)
+        assert float(space.kick_drift_(0.1, 0.1, grads=[None, None])) == pytest.approx(expected)
+        assert same_bits(q, before)
 
 
 def test_gaussian_momenta_have_the_variance_of_the_mass():

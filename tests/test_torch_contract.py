@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
 
@@ -112,6 +113,38 @@ def test_compiled_steps_are_the_eager_ones():
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(qc, pc)
     for a, b in zip([energy, *q, *p], [compiled, *qc, *pc]):
         assert torch.equal(a, b)
+
+
+def test_a_compiled_step_reads_its_factors_anew_and_is_not_compiled_again():
+    q, p, g = numbers(5), numbers(5, seed=1), numbers(5, seed=2)
+    eager_q, eager_p = q.clone(), p.clone()
+    counter = CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def walk(q, p, g, h, damp):
+        gti.kick_(p, g, h, damp=damp)
+        gti.drift_(q, p, h)
+        return gti.kick_drift_(q, p, g, h, 0.5, damp=damp)
+
+    compiled = 0
+    for i in range(4):
+        h, damp = (torch.tensor(x, dtype=torch.float64) for x in (0.1 * i, 0.9 - 0.1 * i))
+        energy = walk(q, p, g, h, damp)
+        gti.kick_(eager_p, g, 0.1 * i, damp=0.9 - 0.1 * i)
+        gti.drift_(eager_q, eager_p, 0.1 * i)
+        expected = gti.kick_drift_(eager_q, eager_p, g, 0.1 * i, 0.5, damp=0.9 - 0.1 * i)
+        assert torch.equal(q, eager_q) and torch.equal(p, eager_p) and torch.equal(energy, expected)
+        compiled = compiled or counter.frame_count
+    assert counter.frame_count == compiled
+
+
+def test_opcheck_with_factors_as_tensors():
+    for op in ("kick_", "drift_", "kick_drift_"):
+        args = [
+            torch.tensor(x, dtype=torch.float64) if isinstance(x, float) else x
+            for x in copy.deepcopy(ARGUMENTS[op])
+        ]
+        torch.library.opcheck(getattr(OPS, op).scalars, tuple(args))
 
 
 def test_compiled_geometry_is_the_eager_one():

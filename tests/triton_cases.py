@@ -123,6 +123,20 @@ def test_leapfrog_leaves_the_rest_of_memory_alone() -> None:
         assert not (x[inside] == before[inside]).any()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_leapfrog_reads_factors_from_memory(dtype: torch.dtype) -> None:
+    q, p, g = (normals(SIZES, [dtype], seed) for seed in range(3))
+    runs = []
+    for wrap in (float, lambda x: torch.tensor(x, dtype=torch.float64, device=DEVICE)):
+        a, b = copies(q), copies(p)
+        leapfrog.kick_(b, g, wrap(0.1), wrap(0.9))
+        leapfrog.drift_(a, b, wrap(-0.7), [0.3] * len(q))
+        k = leapfrog.kick_drift_(a, b, g, wrap(0.1), 0.2, q, wrap(0.8))
+        runs.append([*a, *b, k])
+    for x, y in zip(*runs, strict=True):
+        assert torch.equal(x, y) or (x.isnan() & y.isnan()).all()
+
+
 def test_leapfrog_scalars_are_fp64() -> None:
     """0.1 as fp32 is off by 1.5e-9: fp64 tensors must not see that."""
     for scalar in (0.1, 1 / 3, 1e-60, -1e-3):
@@ -192,7 +206,8 @@ def test_phase_step_bits(dtype: torch.dtype, wide: torch.dtype, mass: str, numbe
         if numbers == "device":
             factors = [torch.tensor(x, dtype=torch.float64, device=DEVICE) for x in factors]
         energy = module.phase_step(a, b, grads, inv_mass, True, True, *factors, 2**64 - 12345)
-        module.phase_step(a, b, grads, inv_mass, False, True, 0.0, 1.0, 0.03, 77)
+        assert same_bits([a[2], b[2]], [q[2], p[2]])  # no gradient: nothing of it moves
+        module.phase_step(a, b, grads, inv_mass, False, True, 0.0, 1.0, 0.03, 77, (0, 4))
         none = module.phase_step(a, b, grads, inv_mass, True, False, 0.3, 0.7, 0.0, 77)
         assert float(none) == 0.0
         runs.append((a, b, float(energy)))
@@ -202,9 +217,9 @@ def test_phase_step_bits(dtype: torch.dtype, wide: torch.dtype, mass: str, numbe
     assert math.isclose(runs[0][2], runs[1][2], rel_tol=1e-12)
 
 
-@pytest.mark.parametrize("mass", ["numbers", "tensors"])
+@pytest.mark.parametrize("mass, own", [("numbers", None), ("tensors", 3)])  # own: another s
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_grid_step_bits(dtype: torch.dtype, mass: str) -> None:
+def test_grid_step_bits(dtype: torch.dtype, mass: str, own: int | None) -> None:
     q, g, r = (normals(PHASE_SIZES, [dtype], seed) for seed in range(3))
     draw = torch.Generator().manual_seed(5)
     P, Q = (
@@ -221,11 +236,16 @@ def test_grid_step_bits(dtype: torch.dtype, mass: str) -> None:
         a, b, c = copies(q), copies(Q), copies(P)
 
         def step(*numbers: float, grads: list[Tensor | None] = grads) -> tuple[int, bool, float]:
-            results = module.grid_step(a, rest, b, c, grads, inv_mass, *units, *numbers)
+            *numbers, s = numbers
+            scale = [s if i != own else 3.0 * s for i in range(len(q))]
+            results = module.grid_step(
+                a, rest, b, c, grads, inv_mass, *units, scale, *numbers, (2,)
+            )
             return int(results[0]), bool(results[1]), float(results[2])
 
         told = [step(True, True, False, 0.1, 1e-7, 0.5), step(True, False, False, 0.2, 0.0, 0.5)]
         mid = [*copies(a), *copies(b), *copies(c)]
+        assert same_bits([a[2], b[2], c[2]], [q[2], Q[2], P[2]])
         told += [step(True, False, True, 0.2, 0.0, 0.5), step(False, True, True, 0.0, 1e-7, 0.5)]
         told += [step(True, False, True, 0.1, 0.0, 0.5)]
         assert same_bits([*b, *c], [*Q, *P])  # every bit has come back
@@ -616,6 +636,10 @@ def test_no_host_sync() -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         leapfrog.kick_drift_(p, copies(p), g, 0.1, 0.1, [1.0], 1.0)
+        step = torch.full((), 0.1, device=DEVICE)
+        gti_kernels.kick_(p, g, step, damp=step)
+        gti_kernels.drift_(p, g, step)
+        gti_kernels.kick_drift_(p, copies(p), g, step, 0.1)
         two_form.two_form([ws[0][0]], [ws[0][1]], True)
         run(power_iteration, ws)
     finally:

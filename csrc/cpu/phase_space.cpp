@@ -68,7 +68,8 @@ struct Factors {
 };
 
 // One chunk of n elements, the first of them at `place` of its item. Q, P: types of q
-// and grad, of p and w. Arithmetic is in C.
+// and grad, of p and w. Arithmetic is in C. With neither kick nor drift: the energy of what is
+// skipped.
 template <bool kicks, bool drifts, class Q, class P, class C>
 GTI_INLINE double advance(Q* q, P* p, const Q* grad, const P* w, const Factors<C>& f, int64_t place,
                           int64_t n) {
@@ -96,6 +97,8 @@ GTI_INLINE double advance(Q* q, P* p, const Q* grad, const P* w, const Factors<C
       } else {
         store(q_at, __builtin_convertvector(moved, Lanes<Q>));
       }
+    }
+    if constexpr (drifts || !kicks) {
       const auto p_w = widen<kLanes>(p_v);
       sum += w_at ? widen<kLanes>(load<kLanes>(w_at)) * p_w * p_w : p_w * p_w;
     }
@@ -123,15 +126,18 @@ GTI_INLINE double advance(Q* q, P* p, const Q* grad, const P* w, const Factors<C
 }
 
 // The clones of one pair of types: the branches stand outside the loop.
-#define GTI_PHASE_CHUNK(Q, P, C)                                                            \
-  GTI_CLONES double phase_chunk(Q* q, P* p, const Q* grad, const P* w, const Factors<C>& f, \
-                                bool drifts, int64_t place, int64_t n) {                    \
-    if (!drifts) return advance<true, false, Q, P, C>(q, p, grad, nullptr, f, place, n);    \
-    if (!grad)                                                                              \
-      return w ? advance<false, true, Q, P, C>(q, p, grad, w, f, place, n)                  \
-               : advance<false, true, Q, P, C>(q, p, grad, nullptr, f, place, n);           \
-    return w ? advance<true, true, Q, P, C>(q, p, grad, w, f, place, n)                     \
-             : advance<true, true, Q, P, C>(q, p, grad, nullptr, f, place, n);              \
+#define GTI_PHASE_CHUNK(Q, P, C)                                                                 \
+  GTI_CLONES double phase_chunk(Q* q, P* p, const Q* grad, const P* w, const Factors<C>& f,      \
+                                bool drifts, int64_t place, int64_t n) {                         \
+    if (!drifts && grad) return advance<true, false, Q, P, C>(q, p, grad, nullptr, f, place, n); \
+    if (!drifts)                                                                                 \
+      return w ? advance<false, false, Q, P, C>(q, p, grad, w, f, place, n)                      \
+               : advance<false, false, Q, P, C>(q, p, grad, nullptr, f, place, n);               \
+    if (!grad)                                                                                   \
+      return w ? advance<false, true, Q, P, C>(q, p, grad, w, f, place, n)                       \
+               : advance<false, true, Q, P, C>(q, p, grad, nullptr, f, place, n);                \
+    return w ? advance<true, true, Q, P, C>(q, p, grad, w, f, place, n)                          \
+             : advance<true, true, Q, P, C>(q, p, grad, nullptr, f, place, n);                   \
   }
 GTI_PHASE_CHUNK(double, double, double)
 GTI_PHASE_CHUNK(double, float, double)
@@ -147,14 +153,15 @@ template <class Q, class P>
 double phase_chunk_of(const PhaseItem& item, const PhaseStep& step, uint64_t key, int64_t at,
                       int64_t n) {
   using C = std::conditional_t<sizeof(Q) == 8 || sizeof(P) == 8, double, float>;
-  const auto* grad = step.kicks && item.grad ? static_cast<const Q*>(item.grad) + at : nullptr;
+  if (item.skipped && !step.drifts) return 0.0;
+  const bool kicks = step.kicks && !item.skipped;
+  const auto* grad = kicks ? static_cast<const Q*>(item.grad) + at : nullptr;
   const auto* w = item.inv_mass ? static_cast<const P*>(item.inv_mass) + at : nullptr;
   const double mass = w ? 1.0 : item.inv_mass_scalar;
   const Factors<C> f{static_cast<C>(step.kick), static_cast<C>(step.damp),
                      static_cast<C>(step.drift * mass), 0.5 * mass, key};
-  if (!grad && !step.drifts) return 0.0;
   return phase_chunk(static_cast<Q*>(item.q) + at, static_cast<P*>(item.p) + at, grad, w, f,
-                     step.drifts, at, n);
+                     step.drifts && !item.skipped, at, n);
 }
 
 // The finaliser of splitmix64 (Steele, Lea & Flood 2014).
@@ -238,8 +245,8 @@ GTI_INLINE Partial grid_advance(T* q, const T* remainder, int64_t* Q, int64_t* P
       std::memcpy(P_at, &P_v, sizeof(P_v));
       outside |= beyond<kIncrementBits>(by) | beyond<kCoordinateBits>(P_v);
     }
+    const auto p = real(P_v);
     if constexpr (drifts) {
-      const auto p = real(P_v);
       const I by = nearest((w_at ? f.drift * load<kLanes>(w_at) : f.drift + Lanes<double>{}) * p);
       const I Q_v = as_integers(Q_at) + ((by ^ f.sign) - f.sign);
       std::memcpy(Q_at, &Q_v, sizeof(Q_v));
@@ -247,8 +254,8 @@ GTI_INLINE Partial grid_advance(T* q, const T* remainder, int64_t* Q, int64_t* P
       auto q_v = f.unit_q * real(Q_v);  // the unit is a power of two: exact
       if (r_at) q_v += widen<kLanes>(load<kLanes>(r_at));
       store(q_at, rounded_to(static_cast<C*>(nullptr), q_v));
-      sum += w_at ? load<kLanes>(w_at) * p * p : p * p;
     }
+    if constexpr (drifts || !kicks) sum += w_at ? load<kLanes>(w_at) * p * p : p * p;
   };
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) {
@@ -284,7 +291,9 @@ GTI_INLINE Partial grid_advance(T* q, const T* remainder, int64_t* Q, int64_t* P
 #define GTI_GRID_CHUNK(T)                                                                        \
   GTI_CLONES Partial grid_chunk(T* q, const T* r, int64_t* Q, int64_t* P, const T* grad,         \
                                 const double* w, const GridFactors& f, bool drifts, int64_t n) { \
-    if (!drifts) return grid_advance<true, false, T>(q, r, Q, P, grad, w, f, n);                 \
+    if (!drifts)                                                                                 \
+      return grad ? grid_advance<true, false, T>(q, r, Q, P, grad, w, f, n)                      \
+                  : grid_advance<false, false, T>(q, r, Q, P, grad, w, f, n);                    \
     return grad ? grid_advance<true, true, T>(q, r, Q, P, grad, w, f, n)                         \
                 : grid_advance<false, true, T>(q, r, Q, P, grad, w, f, n);                       \
   }
@@ -317,20 +326,21 @@ GridResult grid_step(const GridItem* items, int64_t n_items, const GridStep& ste
       sum_over_chunks(items, n_items, threads, [&](const GridItem& item, int64_t at, int64_t n) {
         return with_dtype(item.dtype, [&](auto* tag) {
           using T = std::remove_pointer_t<decltype(tag)>;
-          const auto* grad =
-              step.kicks && item.grad ? static_cast<const T*>(item.grad) + at : nullptr;
-          if (!grad && !step.drifts) return 0.0;
+          if (item.skipped && !step.drifts) return 0.0;
+          const bool kicks = step.kicks && !item.skipped;
+          const auto* grad = kicks ? static_cast<const T*>(item.grad) + at : nullptr;
           const auto* r = item.remainder ? static_cast<const T*>(item.remainder) + at : nullptr;
           const auto* w = item.inv_mass ? item.inv_mass + at : nullptr;
           const double mass = w ? 1.0 : item.inv_mass_scalar;
-          const GridFactors f{step.kick / item.unit_p,
-                              step.drift * (item.unit_p / item.unit_q) * mass, item.unit_q,
-                              step.back ? -1 : 0, (before[&item - items] + at + 1) * kChecksumKey};
+          const GridFactors f{step.kick / item.scale / item.unit_p,
+                              step.drift * item.scale * (item.unit_p / item.unit_q) * mass,
+                              item.unit_q, step.back ? -1 : 0,
+                              (before[&item - items] + at + 1) * kChecksumKey};
           const Partial part = grid_chunk(static_cast<T*>(item.q) + at, r, item.Q + at, item.P + at,
-                                          grad, w, f, step.drifts, n);
+                                          grad, w, f, step.drifts && !item.skipped, n);
           checksum.fetch_add(part.checksum, std::memory_order_relaxed);
           if (!part.inside) inside.store(false, std::memory_order_relaxed);
-          const double p_unit = step.scale * item.unit_p;
+          const double p_unit = item.scale * item.unit_p;
           return 0.5 * mass * p_unit * p_unit * part.energy;
         });
       });

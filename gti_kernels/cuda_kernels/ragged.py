@@ -48,4 +48,4 @@ def run(
 
 def factor(x: Factor) -> tuple[float, Tensor | None]:
     """Number and address of a factor as a kernel takes it: the address where there is one."""
-    return (0.0, x) if isinstance(x, Tensor) else (float(x), None)
+    return (0.0, x.to(torch.float64)) if isinstance(x, Tensor) else (float(x), None)

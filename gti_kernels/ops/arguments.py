@@ -40,6 +40,35 @@ def finite(op: str, name: str, x: Any) -> float:
     return value
 
 
+def scalars(op: str, like: Sequence[Any], *, traced: bool = False, **numbers: Any) -> list[Any]:
+    """Each number as a finite float; or as it is, where it is a 0-d tensor of fp64 or fp32 on the
+    device of `like`. One on a CPU is read, unless the call is `traced`."""
+    device = like[0].device if like and isinstance(like[0], Tensor) else torch.device("cpu")
+    out: list[Any] = []
+    for name, x in numbers.items():
+        if not isinstance(x, Tensor):
+            out.append(finite(op, name, x))
+            continue
+        if x.ndim != 0:
+            raise ValueError(
+                f"{op}: {name} must be a float or a 0-d tensor, got a tensor of shape "
+                f"{tuple(x.shape)}"
+            )
+        if x.dtype not in (torch.float64, torch.float32):
+            raise TypeError(
+                f"{op}: {name} must be a float or a tensor of float64 or float32, got {x.dtype}. "
+                f"Convert it with .to(torch.float64)"
+            )
+        if x.device != device:
+            raise ValueError(
+                f"{op}: {name} must be a float or a tensor on {device}, where the others are, got "
+                f"one on {x.device}. Move it with .to({str(device)!r})"
+            )
+        read = device.type == "cpu" and not traced
+        out.append(finite(op, name, float(x.detach())) if read else x.detach())
+    return out
+
+
 def inv_mass_list(op: str, inv_mass: InvMass, like: Sequence[Tensor]) -> list[Any]:
     """M⁻¹ as a list, one entry for each tensor of `like`: all floats or all tensors."""
     if isinstance(inv_mass, (float, int)):

@@ -23,12 +23,14 @@ from .arguments import (
     check_disjoint,
     finite,
     inv_mass_list,
+    scalars,
     tensor_list,
     unlike_layouts,
 )
 from .library import is_plain_eager, refuse_derivative, register
 
 Tensors = Tensor | Sequence[Tensor]
+Scalar = float | Tensor
 
 _REMEDY = "Call it under torch.no_grad(), or pass detached tensors"
 _YOSHIDA = 1.0 / (2.0 - 2.0 ** (1.0 / 3.0))
@@ -43,7 +45,7 @@ _STAGES = {
 
 
 def kick_(
-    p: Tensors, grad: Tensors, step: float, *, damp: float = 1.0, backend: str = "auto"
+    p: Tensors, grad: Tensors, step: Scalar, *, damp: Scalar = 1.0, backend: str = "auto"
 ) -> None:
     """p ← damp·p − step·grad, in place.
 
@@ -51,6 +53,8 @@ def kick_(
         p: momenta, a tensor or a list of tensors; fp64, fp32, bf16 or fp16, one device. Written.
         grad: ∇L, shaped like p, same dtypes.
         step: time step of the kick [time]; damp: factor without unit, e^{−γ·dt} for a damping γ.
+            Floats, or 0-d tensors of fp64 or fp32 on the device of p: on a GPU they are read by the
+            kernel, so a new value neither waits for the device nor recompiles, and is not checked.
         backend: "auto", "reference", "cpu", "triton" or "cuda"; see `gti_kernels.explain`.
 
     Accuracy: fp32 arithmetic for bf16, fp16 and fp32, fp64 for fp64; each element is rounded to its
@@ -67,26 +71,27 @@ def kick_(
     >>> p
     tensor([0., 1.])
     """
-    if is_plain_eager() and _kick_on_cpu(p, grad, step, damp, backend):
+    plain = is_plain_eager()
+    if plain and type(step) is type(damp) is float and _kick_on_cpu(p, grad, step, damp, backend):
         return
     ps, grads = tensor_list(p), tensor_list(grad)
-    step, damp = finite("kick_", "step", step), finite("kick_", "damp", damp)
-    refuse_derivative("kick_", [*ps, *grads], _REMEDY)
-    if is_plain_eager():
+    refuse_derivative("kick_", [*ps, *grads, step, damp], _REMEDY)
+    step, damp = scalars("kick_", ps, traced=not plain, step=step, damp=damp)
+    if plain:
         _kick_(ps, grads, step, damp, backend)
     else:
-        torch.ops.gti_kernels.kick_(ps, grads, step, damp, backend)
+        torch.ops.gti_kernels.kick_(ps, grads, *_alike(step, damp), backend)
 
 
 def drift_(
-    q: Tensors, p: Tensors, step: float, *, inv_mass: InvMass = 1.0, backend: str = "auto"
+    q: Tensors, p: Tensors, step: Scalar, *, inv_mass: InvMass = 1.0, backend: str = "auto"
 ) -> None:
     """q ← q + step·M⁻¹p, in place.
 
     Args:
         q: positions, a tensor or a list of tensors; fp64, fp32, bf16 or fp16, one device. Written.
         p: momenta, shaped like q, same dtypes.
-        step: time step of the drift [time].
+        step: time step of the drift [time], a float or a 0-d tensor, as in `kick_`.
         inv_mass: M⁻¹, the diagonal: a float, one float per tensor, or tensors like q.
         backend: "auto", "reference", "cpu", "triton" or "cuda"; see `gti_kernels.explain`.
 
@@ -98,12 +103,14 @@ def drift_(
     >>> q
     tensor([1.5000, 3.0000])
     """
-    if is_plain_eager() and _drift_on_cpu(q, p, step, inv_mass, backend):
+    plain = is_plain_eager()
+    if plain and type(step) is float and _drift_on_cpu(q, p, step, inv_mass, backend):
         return
     qs, ps = tensor_list(q), tensor_list(p)
-    step, mass = finite("drift_", "step", step), inv_mass_list("drift_", inv_mass, qs)
-    refuse_derivative("drift_", [*qs, *ps, *mass], _REMEDY)
-    if is_plain_eager():
+    mass = inv_mass_list("drift_", inv_mass, qs)
+    refuse_derivative("drift_", [*qs, *ps, *mass, step], _REMEDY)
+    (step,) = scalars("drift_", qs, traced=not plain, step=step)
+    if plain:
         _drift_(qs, ps, step, mass, [], backend)
     else:
         torch.ops.gti_kernels.drift_(qs, ps, step, *_split(mass), backend)
@@ -113,11 +120,11 @@ def kick_drift_(
     q: Tensors,
     p: Tensors,
     grad: Tensors,
-    kick: float,
-    drift: float,
+    kick: Scalar,
+    drift: Scalar,
     *,
     inv_mass: InvMass = 1.0,
-    damp: float = 1.0,
+    damp: Scalar = 1.0,
     backend: str = "auto",
 ) -> Tensor:
     """p ← damp·p − kick·grad, then q ← q + drift·M⁻¹p with the new p: both in one pass over memory.
@@ -129,7 +136,8 @@ def kick_drift_(
         q, p: positions and momenta, tensors or lists of the same shapes; fp64, fp32, bf16 or fp16,
             one device. Written.
         grad: ∇L(q), shaped like q, same dtypes.
-        kick, drift: time steps [time]; damp: factor of p before the kick, without unit.
+        kick, drift: time steps [time]; damp: factor of p before the kick, without unit. Floats or
+            0-d tensors, as in `kick_`.
         inv_mass: M⁻¹, the diagonal: a float, one float per tensor, or tensors like q.
         backend: "auto", "reference", "cpu", "triton" or "cuda"; see `gti_kernels.explain`.
 
@@ -145,16 +153,20 @@ def kick_drift_(
     >>> q, p
     (tensor([0.7500]), tensor([-1.]))
     """
-    if is_plain_eager():
+    plain = is_plain_eager()
+    if plain and type(kick) is type(drift) is type(damp) is float:
         energy = _kick_drift_on_cpu(q, p, grad, kick, drift, inv_mass, damp, backend)
         if energy is not None:
             return energy
     qs, ps, grads = tensor_list(q), tensor_list(p), tensor_list(grad)
-    kick, drift = finite("kick_drift_", "kick", kick), finite("kick_drift_", "drift", drift)
-    damp, mass = finite("kick_drift_", "damp", damp), inv_mass_list("kick_drift_", inv_mass, qs)
-    refuse_derivative("kick_drift_", [*qs, *ps, *grads, *mass], _REMEDY)
-    if is_plain_eager():
+    mass = inv_mass_list("kick_drift_", inv_mass, qs)
+    refuse_derivative("kick_drift_", [*qs, *ps, *grads, *mass, kick, drift, damp], _REMEDY)
+    kick, drift, damp = scalars(
+        "kick_drift_", qs, traced=not plain, kick=kick, drift=drift, damp=damp
+    )
+    if plain:
         return _kick_drift_(qs, ps, grads, kick, drift, mass, [], damp, backend)
+    kick, drift, damp = _alike(kick, drift, damp)
     return torch.ops.gti_kernels.kick_drift_(
         qs, ps, grads, kick, drift, *_split(mass), damp, backend
     )
@@ -347,10 +359,12 @@ def _kick_drift_on_cpu(
 # ---- implementations of the registered ops -------------------------------------------------------
 
 
-def _kick_(p: list[Tensor], grad: list[Tensor], step: float, damp: float, backend: str) -> None:
-    with torch.no_grad():
-        if _kick_on_cpu(p, grad, step, damp, backend):
-            return
+def _kick_(p: list[Tensor], grad: list[Tensor], step: Scalar, damp: Scalar, backend: str) -> None:
+    step, damp = scalars("kick_", p, step=step, damp=damp)
+    if type(step) is type(damp) is float:
+        with torch.no_grad():
+            if _kick_on_cpu(p, grad, step, damp, backend):
+                return
     device, limits = limits_of_kick(p, grad)
     _kernels(backends.choose("kick_", device, backend, limits)).kick_(p, grad, step, damp)
     increment_version(p)
@@ -359,15 +373,17 @@ def _kick_(p: list[Tensor], grad: list[Tensor], step: float, damp: float, backen
 def _drift_(
     q: list[Tensor],
     p: list[Tensor],
-    step: float,
+    step: Scalar,
     inv_mass: list[Any],
     inv_mass_tensors: list[Tensor],
     backend: str,
 ) -> None:
     mass = inv_mass_tensors or inv_mass
-    with torch.no_grad():
-        if _drift_on_cpu(q, p, step, mass, backend):
-            return
+    (step,) = scalars("drift_", q, step=step)
+    if type(step) is float:
+        with torch.no_grad():
+            if _drift_on_cpu(q, p, step, mass, backend):
+                return
     device, limits = limits_of_drift(q, p, inv_mass=mass)
     _kernels(backends.choose("drift_", device, backend, limits)).drift_(q, p, step, mass)
     increment_version(q)
@@ -377,18 +393,20 @@ def _kick_drift_(
     q: list[Tensor],
     p: list[Tensor],
     grad: list[Tensor],
-    kick: float,
-    drift: float,
+    kick: Scalar,
+    drift: Scalar,
     inv_mass: list[Any],
     inv_mass_tensors: list[Tensor],
-    damp: float,
+    damp: Scalar,
     backend: str,
 ) -> Tensor:
     mass = inv_mass_tensors or inv_mass
-    with torch.no_grad():
-        energy = _kick_drift_on_cpu(q, p, grad, kick, drift, mass, damp, backend)
-    if energy is not None:
-        return energy
+    kick, drift, damp = scalars("kick_drift_", q, kick=kick, drift=drift, damp=damp)
+    if type(kick) is type(drift) is type(damp) is float:
+        with torch.no_grad():
+            energy = _kick_drift_on_cpu(q, p, grad, kick, drift, mass, damp, backend)
+        if energy is not None:
+            return energy
     device, limits = limits_of_kick_drift(q, p, grad, inv_mass=mass)
     kernels = _kernels(backends.choose("kick_drift_", device, backend, limits))
     energy = kernels.kick_drift_(q, p, grad, kick, drift, mass, damp)
@@ -464,8 +482,19 @@ def _split(mass: list[Any]) -> tuple[list[float], list[Tensor]]:
     return ([], mass) if mass and isinstance(mass[0], Tensor) else (mass, [])
 
 
+def _alike(*numbers: Any) -> Sequence[Any]:
+    """All floats, or all tensors: the schemas of the registered ops know no mixture."""
+    device = next((x.device for x in numbers if isinstance(x, Tensor)), None)
+    if device is None:
+        return numbers
+    return [
+        x if isinstance(x, Tensor) else torch.full((), x, dtype=torch.float64, device=device)
+        for x in numbers
+    ]
+
+
 def _fake_kick_(
-    p: list[Tensor], grad: list[Tensor], step: float, damp: float, backend: str
+    p: list[Tensor], grad: list[Tensor], step: Scalar, damp: Scalar, backend: str
 ) -> None:
     check_alike("kick_", p=p, grad=grad)
 
@@ -473,7 +502,7 @@ def _fake_kick_(
 def _fake_drift_(
     q: list[Tensor],
     p: list[Tensor],
-    step: float,
+    step: Scalar,
     inv_mass: list[float],
     inv_mass_tensors: list[Tensor],
     backend: str,
@@ -485,31 +514,35 @@ def _fake_kick_drift_(
     q: list[Tensor],
     p: list[Tensor],
     grad: list[Tensor],
-    kick: float,
-    drift: float,
+    kick: Scalar,
+    drift: Scalar,
     inv_mass: list[float],
     inv_mass_tensors: list[Tensor],
-    damp: float,
+    damp: Scalar,
     backend: str,
 ) -> Tensor:
     check_alike("kick_drift_", q=q, p=p, grad=grad)
     return torch.empty((), dtype=torch.float64, device=q[0].device if q else None)
 
 
-register(
-    "kick_(Tensor(a!)[] p, Tensor[] grad, float step, float damp, str backend) -> ()",
-    _kick_,
-    _fake_kick_,
-)
-register(
-    "drift_(Tensor(a!)[] q, Tensor[] p, float step, float[] inv_mass, Tensor[] inv_mass_tensors, "
-    "str backend) -> ()",
-    _drift_,
-    _fake_drift_,
-)
-register(
-    "kick_drift_(Tensor(a!)[] q, Tensor(b!)[] p, Tensor[] grad, float kick, float drift, "
-    "float[] inv_mass, Tensor[] inv_mass_tensors, float damp, str backend) -> Tensor",
-    _kick_drift_,
-    _fake_kick_drift_,
-)
+# Each op twice: with floats, and (`.scalars`) with 0-d tensors, which a traced call does not read.
+for _overload, _number in (("", "float"), (".scalars", "Tensor")):
+    register(
+        f"kick_{_overload}(Tensor(a!)[] p, Tensor[] grad, {_number} step, {_number} damp, "
+        "str backend) -> ()",
+        _kick_,
+        _fake_kick_,
+    )
+    register(
+        f"drift_{_overload}(Tensor(a!)[] q, Tensor[] p, {_number} step, float[] inv_mass, "
+        "Tensor[] inv_mass_tensors, str backend) -> ()",
+        _drift_,
+        _fake_drift_,
+    )
+    register(
+        f"kick_drift_{_overload}(Tensor(a!)[] q, Tensor(b!)[] p, Tensor[] grad, {_number} kick, "
+        f"{_number} drift, float[] inv_mass, Tensor[] inv_mass_tensors, {_number} damp, "
+        "str backend) -> Tensor",
+        _kick_drift_,
+        _fake_kick_drift_,
+    )

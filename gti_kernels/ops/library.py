@@ -8,6 +8,7 @@ torch.ops.gti_kernels, whose implementation is the same function.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,10 +50,10 @@ def without_transforms(x: Tensor) -> Tensor:
     return x
 
 
-def refuse_derivative(op: str, tensors: Iterable[Tensor], remedy: str) -> None:
+def refuse_derivative(op: str, arguments: Iterable[Any], remedy: str) -> None:
     """Raises where a derivative through `op` is wanted: it would be silently zero."""
     if torch.is_grad_enabled():
-        for t in tensors:
+        for t in arguments:
             if isinstance(t, Tensor) and t.requires_grad:
                 raise RuntimeError(
                     f"{op} has no derivative, but an argument requires grad while gradients "
@@ -61,7 +62,7 @@ def refuse_derivative(op: str, tensors: Iterable[Tensor], remedy: str) -> None:
     if torch.compiler.is_compiling():
         return
     if _transform_level() is not None or forward_ad._current_level >= 0:
-        for t in tensors:
+        for t in arguments:
             if not isinstance(t, Tensor):
                 continue  # the checks have the words
             wrapped = torch._C._functorch.is_functorch_wrapped_tensor(t)

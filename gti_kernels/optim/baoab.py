@@ -80,7 +80,6 @@ class BAOAB(PhaseOptimizer):
         }
         super().__init__(params, defaults, momentum=momentum, exact=False, seed=seed)
 
-    @torch.no_grad()
     def step(self, closure: Closure | None = None, *, loss: Any = None) -> Any:  # type: ignore[override]
         """One step; returns the loss at its beginning with a closure, else None.
 
@@ -98,21 +97,24 @@ class BAOAB(PhaseOptimizer):
             if finite("BAOAB", name, group[name]) < 0.0:
                 raise ValueError(f"BAOAB: {name} must be >= 0, got {group[name]}")
 
-    def _move(self, i: int, kick: float, h: float, damp: float | Tensor) -> None:
+    def _move(self, i: int, kick: float, h: float, damp: float | Tensor) -> Tensor:
         group, space = self.param_groups[i], self.phase_spaces[i]
         space.kick_drift_(kick, 0.5 * h, damp=damp)
         c = math.exp(-group["friction"] * h)
         amplitude = math.sqrt(group["temperature"] * max(0.0, 1.0 - c * c))
         # p ← c p + amplitude·M^{1/2} ξ is a damped kick whose gradient is noise.
-        space.kick_(-amplitude, damp=c, grads=self._noise(space))
-        space.drift_(0.5 * h)
+        return space.kick_drift_(-amplitude, 0.5 * h, damp=c, grads=self._noise(space))
 
-    def _noise(self, space: PhaseSpace) -> list[Tensor]:
-        """M^{1/2} ξ for each momentum."""
-        noise = []
-        for p, w in zip(space.momenta, space.inv_mass):
+    def _noise(self, space: PhaseSpace) -> list[Tensor | None]:
+        """M^{1/2} ξ for each momentum that had a gradient."""
+        noise: list[Tensor | None] = []
+        for j, (q, p, w) in enumerate(zip(space.params, space.momenta, space.inv_mass)):
+            if j in space.skipped:
+                noise.append(None)
+                continue
             xi = torch.empty_like(p).normal_(generator=self._generator(p.device))
-            noise.append(xi.mul_(w.rsqrt() if isinstance(w, Tensor) else 1.0 / math.sqrt(w)))
+            xi.mul_(w.rsqrt() if isinstance(w, Tensor) else 1.0 / math.sqrt(w))
+            noise.append(xi.to(q.dtype))
         return noise
 
     def _generator(self, device: torch.device) -> torch.Generator:

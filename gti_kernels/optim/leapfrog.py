@@ -11,12 +11,10 @@ from torch import Tensor
 
 from ..ops.arguments import finite
 from ..ops.leapfrog import stage_sizes
-from .phase_optimizer import Closure, Owed, PhaseOptimizer
+from .phase_optimizer import Closure, PhaseOptimizer
+from .walked_steps import Step, WalkedSteps
 
 _EPSILON = 1e-12
-#: What `reverse` undoes: `_owed` before the step, the factor of all momenta at its beginning, and
-#: its stages, each with (kick, size of the drift or None, damp) for every group.
-Step = tuple[list[Owed | None], float, list[list[tuple[float, float | None, float]]]]
 
 
 class Leapfrog(PhaseOptimizer):
@@ -51,8 +49,8 @@ class Leapfrog(PhaseOptimizer):
         composition: of order 4, "yoshida" (3 stages) or "suzuki" (5); see `gti_kernels.leapfrog_`.
         energy_cap: α. At the beginning of a step with H = K + L > α H₀, H₀ being the H of the first
             step, p ← p √(max(ε, α H₀ − L) / max(ε, K)), ε = 1e-12, so that H = α H₀ as long as
-            L < α H₀. It needs H₀ > 0 to make sense, and the loss: step(closure) or
-            step(loss=loss). `cap_engagements` counts.
+            L < α H₀ (momenta of parameters that are skipped stay). It needs H₀ > 0 to make sense,
+            and the loss: step(closure) or step(loss=loss). `cap_engagements` counts.
         exact: q and p live on an integer grid, and `reverse` returns to every bit; see
             `gti_kernels.PhaseSpace`. The grid holds the positions: parameters must not be written
             by others, and load_state_dict restores them (call it after the model's own).
@@ -60,8 +58,8 @@ class Leapfrog(PhaseOptimizer):
         seed: of gaussian momenta and of stochastic rounding (bf16 and fp16 parameters).
         maximize: climb the loss; its sign in H is then reversed.
 
-    A parameter whose grad is None is not kicked; it drifts on with the momentum it has, which is
-    zero if it never had a gradient. Sparse gradients are refused. Works with
+    A parameter whose grad is None is skipped: it keeps its momentum and stays, as in torch's
+    optimizers. Sparse gradients are refused. Works with
     GradScaler, gradient accumulation, DistributedDataParallel and LR schedulers. A closure that
     raises leaves a state from which the next step goes on: p owes what the interrupted one had
     left. Move the model to its device before.
@@ -107,7 +105,9 @@ class Leapfrog(PhaseOptimizer):
                 raise ValueError(f"Leapfrog: energy_cap must be > 0 or None, got {energy_cap}")
         self._energy_cap = energy_cap
         self._initial_energy: Tensor | None = None
-        self._walked: list[Step] = []  # with exact, all steps; else one that is half undone
+        self._walked = WalkedSteps()  # with exact
+        self._unfinished: Step | None = None  # the last step with exact; or one that is half undone
+        self._numbers: list[list[tuple[float, float, float]]] = []  # of one that is half undone
         defaults = {
             "lr": finite("Leapfrog", "dt", dt),
             "inv_mass": inv_mass,
@@ -117,7 +117,6 @@ class Leapfrog(PhaseOptimizer):
         super().__init__(params, defaults, momentum=momentum, exact=exact, seed=seed)
         self._engagements = torch.zeros((), dtype=torch.int64, device=self._device)
 
-    @torch.no_grad()
     def step(self, closure: Closure | None = None, *, loss: Any = None) -> Any:  # type: ignore[override]
         """One step; returns the loss at its beginning with a closure, else None.
 
@@ -134,38 +133,38 @@ class Leapfrog(PhaseOptimizer):
             raise ValueError("step: expected a closure, which returns the loss, or loss; got both")
         return self._closure_step(closure, self._fractions)
 
-    @torch.no_grad()
     def reverse(self, closure: Closure) -> Tensor:
         """Walks back the last step; returns the loss where it ends.
 
         The closure is that of the step walked back: it is called at both ends of a step(closure),
         and at the positions before a step() without one. With `exact` any number of steps, of
-        either form, returns every bit, whatever lr, damping and cap were. Else this undoes, up to
-        rounding, a step of the present form, lr and damping; momenta that the energy cap has scaled
-        stay scaled. Where the closure raises, the next `reverse` goes on from there.
+        either form, returns every bit, whatever lr, damping, cap and the set of gradients that are
+        None were. Else this undoes, up to rounding, a step of the present form, lr, damping and set
+        (another set is refused); momenta that the energy cap has scaled stay scaled. Where the
+        closure raises, the next `reverse` goes on from there.
         """
         self._check_groups()
-        if not self._walked:
-            if self._exact or None in self._owed:
-                raise RuntimeError("reverse: expected a step to walk back, got none")
-            self._walked.append(self._step_to_here())
-        begin, factor, stages = self._walked[-1]
+        if self._unfinished is None:
+            self._unfinished = self._last_step()
+        owed, stages = self._unfinished
         self._before = []
         while stages:
-            for i, (kick, h, damp) in enumerate(stages[-1]):
-                if h is not None:
+            stage = stages[-1]
+            for i, drifts in enumerate(stage):
+                if drifts:
+                    h = self._undo_drift(i, len(stages) - 1)
                     half = self._half_damp(self.param_groups[i], h)
-                    self.phase_spaces[i].drift_(-h)
                     self._owed[i] = -0.5 * h / half, 1.0 / half  # for a step, should closure raise
-                    stages[-1][i] = kick, None, damp
+                    stage[i] = False
             self._potential(closure)
-            for i, (kick, _, damp) in enumerate(stages[-1]):
-                self._kinetic[i] = None
-                self.phase_spaces[i].kick_(-kick / damp, damp=1.0 / damp)
+            for i, drifts in enumerate(stage):
+                if drifts is not None:
+                    self._kinetic[i] = None
+                    self._undo_kick(i, len(stages) - 1)
+                    stage[i] = None
             stages.pop()
-        self._scale(1.0 / factor)
-        self._owed[: len(begin)] = begin  # groups added since have not walked
-        self._walked.pop()
+        self._owed[: len(owed)] = owed  # groups added since have not walked
+        self._unfinished = None
         self._remember(closure)
         return self._potential(closure)
 
@@ -183,59 +182,79 @@ class Leapfrog(PhaseOptimizer):
 
     def _begin_step(self, loss: Tensor | None) -> Tensor | None:
         factor = self._cap(loss)
-        if not self._exact:
-            self._walked.clear()
-            return factor
-        # Its way back must know the number, and the grid waits for the device at each call anyhow.
-        number = 1.0 if factor is None else float(factor)
-        self._walked.append((list(self._owed), number, []))
-        self._scale(number)
-        return None
-
-    def _scale(self, factor: float) -> None:
-        if factor == 1.0:
-            return
-        for i, space in enumerate(self.phase_spaces):
-            self._kinetic[i] = None
-            space.scale_momenta_(factor)
+        if self._exact:
+            if self._unfinished is not None and self._unfinished[1]:
+                self._walked.push(*self._unfinished)
+            self._unfinished = tuple(self._owed), []
+        else:
+            self._unfinished = None
+        return factor
 
     def _move(self, i: int, kick: float, h: float, damp: float | Tensor) -> Tensor:
-        try:
-            kinetic = self.phase_spaces[i].kick_drift_(kick, h, damp=damp)
-        except BaseException:
-            if self._exact and not self._walked[-1][2]:  # nothing has moved
-                self._scale(1.0 / self._walked.pop()[1])
-            raise
-        self._walk(i, kick, h, damp)
+        kinetic = self.phase_spaces[i].kick_drift_(kick, h, damp=damp)
+        self._walk(i, True)
         return kinetic
 
     def _kick(self, i: int, kick: float, damp: float) -> None:
         super()._kick(i, kick, damp)
-        self._walk(i, self._sign(i) * kick, None, damp)
+        self._walk(i, False)
 
-    def _walk(self, i: int, kick: float, h: float | None, damp: Any) -> None:
-        if self._exact:
-            stages = self._walked[-1][2]
+    # ---- the way back ----------------------------------------------------------------------------
+
+    def _walk(self, i: int, drifts: bool) -> None:
+        if self._exact and self._unfinished is not None:
+            stages = self._unfinished[1]
             if i == 0:
                 stages.append([])
-            stages[-1].append((kick, h, damp))
+            stages[-1].append(drifts)
 
-    def _step_to_here(self) -> Step:
-        """What a step of the present lr and damping would have done to end as things are."""
+    def _last_step(self) -> Step:
+        """The last step with exact; else what a step of the present lr and damping would have done
+        to end as things are."""
+        if not self._walked if self._exact else None in self._owed:
+            raise RuntimeError("reverse: expected a step to walk back, got none")
+        if self._exact:
+            return self._walked.pop()
         owed = [owed or (0.0, 1.0) for owed in self._owed]
+        step: Step = (tuple(owed), [])
+        self._numbers = []
         synchronised = all(x == (0.0, 1.0) for x in owed)
-        step: Step = (list(owed), 1.0, [])
         for w in self._fractions if synchronised else (1.0,):
-            step[2].append([])
+            numbers = []
             for i, group in enumerate(self.param_groups):
                 h = w * group["lr"]
                 kick, damp, owed[i] = self._stage(group, owed[i], h, synchronised=synchronised)
-                step[2][-1].append((self._sign(i) * kick, h, damp))
+                numbers.append((self._sign(i) * kick, h, damp))
+            self._numbers.append(numbers)
+            step[1].append([True] * len(owed))
         if synchronised:
-            step[2].append(
-                [(self._sign(i) * kick, None, damp) for i, (kick, damp) in enumerate(owed)]
+            self._numbers.append(
+                [(self._sign(i) * kick, 0.0, damp) for i, (kick, damp) in enumerate(owed)]
             )
+            step[1].append([False] * len(owed))
         return step
+
+    def _undo_drift(self, i: int, stage: int) -> float:
+        """Takes back the drift of group i; returns its size."""
+        space = self.phase_spaces[i]
+        if self._exact:
+            return space.undo_drift_()
+        _, h, _ = self._numbers[stage][i]
+        space.drift_(-h, skipped=space.skipped)
+        return h
+
+    def _undo_kick(self, i: int, stage: int) -> None:
+        space = self.phase_spaces[i]
+        if self._exact:
+            space.undo_kick_()
+            return
+        if tuple([j for j, q in enumerate(space.params) if q.grad is None]) != space.skipped:
+            raise RuntimeError(
+                "reverse: the gradients that are None are not those of the step walked back, which "
+                "has already moved the parameters. Use exact=True, which remembers them"
+            )
+        kick, _, damp = self._numbers[stage][i]
+        space.kick_(-kick / damp, damp=1.0 / damp)
 
     def _cap(self, loss: Tensor | None) -> Tensor | None:
         if self._energy_cap is None:
@@ -263,7 +282,8 @@ class Leapfrog(PhaseOptimizer):
             **super()._saved(),
             "initial_energy": self._initial_energy,
             "engagements": self._engagements,
-            "walked": copy.deepcopy(self._walked),
+            "walked": self._walked.state(),
+            "unfinished": copy.deepcopy((self._unfinished, self._numbers)),
         }
 
     def _restore(self, saved: dict[str, Any]) -> None:
@@ -271,4 +291,5 @@ class Leapfrog(PhaseOptimizer):
         initial = saved["initial_energy"]
         self._initial_energy = None if initial is None else initial.to(self._device)
         self._engagements = saved["engagements"].to(self._device)
-        self._walked = copy.deepcopy(saved["walked"])
+        self._walked = WalkedSteps.of(saved["walked"])
+        self._unfinished, self._numbers = copy.deepcopy(saved["unfinished"])

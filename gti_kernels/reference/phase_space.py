@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ Grads = Sequence[Tensor | None]
 
 MASK = 2**64 - 1
 CHECKSUM_KEY = 0x9E3779B97F4A7C15
+STEP_KEY = 0xD1342543DE82EF95  # what a drift adds to the key of stochastic rounding
 INCREMENT_LIMIT, COORDINATE_LIMIT = 2.0**51, 2**62
 
 
@@ -27,19 +28,24 @@ def phase_step(
     damp: float,
     drift: float,
     key: int,
+    skipped: Collection[int] = (),
 ) -> Tensor:
     """p ← damp·p − kick·∇L, then q ← q + drift·M⁻¹p, each if the step has it.
 
-    A tensor whose gradient is None is not kicked. Arithmetic is fp64 if q or p is, else fp32. A q
-    of 16 bits is rounded up or down at random, by `key`; other numbers are rounded to nearest.
-    Returns ½ pᵀM⁻¹p of the new p where it drifts, else 0 (fp64).
+    A tensor whose gradient is None in a kick, or whose place is in `skipped`, keeps p and q.
+    Arithmetic is fp64 if q or
+    p is, else fp32. A q of 16 bits is rounded up or down at random, by `key`; other numbers are
+    rounded to nearest. Returns ½ pᵀM⁻¹p of the new p, skipped ones included, where it drifts, else
+    0 (fp64).
     """
     energy = torch.zeros((), dtype=torch.float64, device=q[0].device if q else None)
     for i, (q_t, p_t, g_t, w_t) in enumerate(zip(q, p, grad, inv_mass, strict=True)):
         compute = torch.promote_types(torch.promote_types(q_t.dtype, p_t.dtype), torch.float32)
-        if kicks and g_t is not None:
+        stays = i in skipped or (kicks and g_t is None)
+        if kicks and not stays:
+            assert g_t is not None
             p_t.copy_(damp * p_t.to(compute) - kick * g_t.to(compute))
-        if drifts:
+        if drifts and not stays:
             wide = p_t.to(compute)
             if isinstance(w_t, Tensor):
                 moved = q_t.to(compute) + drift * (w_t.to(compute) * wide)
@@ -48,6 +54,7 @@ def phase_step(
             if q_t.element_size() == 2:
                 moved = stochastically_rounded(moved.float(), q_t.dtype, mixed(key + i))
             q_t.copy_(moved)
+        if drifts:
             energy += 0.5 * (w_t * p_t.double().square()).sum()
     return energy
 
@@ -61,21 +68,24 @@ def grid_step(
     inv_mass: Sequence[float | Tensor],
     unit_q: Sequence[float],
     unit_p: Sequence[float],
+    scale: Sequence[float],
     kicks: bool,
     drifts: bool,
     back: bool,
     kick: float,
     drift: float,
-    scale: float,
+    skipped: Collection[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """P ← P ∓ ⌊kick/unit_p·∇L⌉, then Q ← Q ± ⌊(drift·unit_p/unit_q·w)·P⌉ and q = unit_q·Q +
+    """P ← P ∓ ⌊kick/s/unit_p·∇L⌉, then Q ← Q ± ⌊(drift·s·unit_p/unit_q·w)·P⌉ and q = unit_q·Q +
     remainder; the lower signs where `back`.
 
-    Q, P: int64. inv_mass: floats, or fp64 tensors. ⌊·⌉ is the nearest integer, ties to even; each
-    product is rounded to fp64. An increment outside its limit counts as zero, so that the opposite
-    step undoes this one all the same. Returns the checksum of the kick's increments (int64),
-    whether all stayed inside their limits (bool), and ½ Σ w (scale·unit_p·P)² of the new P where it
-    drifts (fp64), as 0-d tensors.
+    Q, P: int64. inv_mass: floats, or fp64 tensors. scale: s of each tensor. A tensor whose
+    gradient is None in a kick, or whose place is in `skipped`, keeps P and Q. ⌊·⌉ is the
+    nearest integer, ties to even; each product is rounded to fp64. An increment outside its limit
+    counts as zero, so that the opposite step undoes this one all the same. Returns the checksum of
+    the kick's increments (int64), whether all stayed inside their limits (bool), and
+    ½ Σ w (s·unit_p·P)² of the new P, skipped ones included, where it drifts (fp64), as 0-d
+    tensors.
     """
     device = q[0].device if q else None
     checksum = torch.zeros((), dtype=torch.int64, device=device)
@@ -84,16 +94,18 @@ def grid_step(
     sign = -1 if back else 1
     first = prefix([x.numel() for x in q])
     for i, g in enumerate(grad):
-        P_t, Q_t, w = P[i], Q[i], inv_mass[i]
-        if kicks and g is not None:
-            x = (kick / unit_p[i]) * g.double()
+        P_t, Q_t, w, s = P[i], Q[i], inv_mass[i], scale[i]
+        stays = i in skipped or (kicks and g is None)
+        if kicks and not stays:
+            assert g is not None
+            x = (kick / s / unit_p[i]) * g.double()
             small = x.abs() < INCREMENT_LIMIT
             by = torch.where(small, x, 0.0).round().to(torch.int64)
             P_t.sub_(sign * by)
             checksum += _checksum(by, first[i])
             inside &= small.all() & _in_limits(P_t)
-        if drifts:
-            rate = drift * (unit_p[i] / unit_q[i]) * w
+        if drifts and not stays:
+            rate = (drift * s) * (unit_p[i] / unit_q[i]) * w
             x = rate * P_t.double()
             small = x.abs() < INCREMENT_LIMIT
             Q_t.add_(sign * torch.where(small, x, 0.0).round().to(torch.int64))
@@ -101,7 +113,8 @@ def grid_step(
             r = remainder[i]
             moved = unit_q[i] * Q_t.double()
             q[i].copy_(by_way_of_fp32(moved if r is None else moved + r.double(), q[i].dtype))
-            energy += 0.5 * (w * (scale * unit_p[i] * P_t.double()).square()).sum()
+        if drifts:
+            energy += 0.5 * (w * (s * unit_p[i] * P_t.double()).square()).sum()
     return checksum, inside, energy
 
 
@@ -148,9 +161,8 @@ def mixed(x: int) -> int:
 LOW = 0xFFFFFFFF
 
 
-def random_bits(n: int, key: int, device: torch.device) -> Tensor:
-    """32 random bits for each of n places, int64 [n]; a function of key and place alone."""
-    place = torch.arange(n, device=device)
+def random_bits(place: Tensor, key: int) -> Tensor:
+    """32 random bits for each place (int64); a function of key and place alone."""
     x = (_times(place & LOW, 0x9E3779B9) + (key & LOW) + _times(place >> 32, 0x85EBCA6B)) & LOW
     x = _times(x ^ (x >> 16), 0x21F0AAAD) ^ (key >> 32)
     x = _times(x ^ (x >> 15), 0xD35A2D97)
@@ -162,11 +174,15 @@ def _times(x: Tensor, y: int) -> Tensor:
     return (((x >> 16) * y & LOW) * 65536 + (x & 0xFFFF) * y) & LOW
 
 
-def stochastically_rounded(x: Tensor, dtype: torch.dtype, key: int) -> Tensor:
-    """x (fp32) in dtype (bf16 or fp16): up or down, with the probabilities that keep the mean."""
+def stochastically_rounded(x: Tensor, dtype: torch.dtype, key: int, first: int = 0) -> Tensor:
+    """x (fp32) in dtype (bf16 or fp16): up or down, with the probabilities that keep the mean.
+
+    first: place of the first element.
+    """
     order = sorted(range(x.ndim), key=lambda d: x.stride(d), reverse=True)
     flat = x.permute(order)
-    random = random_bits(x.numel(), key, x.device).reshape(flat.shape)
+    place = torch.arange(first, first + x.numel(), device=x.device)
+    random = random_bits(place, key).reshape(flat.shape)
     bits = flat.contiguous().view(torch.int32).to(torch.int64) & LOW
     rounded = _to_bf16(bits, random) if dtype == torch.bfloat16 else _to_f16(bits, random)
     out = rounded.to(torch.int16).view(dtype)  # the low 16 bits

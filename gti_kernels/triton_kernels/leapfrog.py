@@ -15,6 +15,7 @@ from .ragged import (
     TRITON_DTYPE,
     find_item,
     fixed_sum,
+    in_memory,
     load_block,
     pointer,
     store_block,
@@ -22,6 +23,7 @@ from .ragged import (
 )
 
 InvMass = Sequence[float] | list[Tensor]
+Factor = float | Tensor
 
 # 16 elements a thread: four 16-byte loads of each fp32 operand are in flight.
 BLOCK = 2048
@@ -33,6 +35,7 @@ def leapfrog_kernel(
     table,  # int64 rows: addresses of p, q, ∇L, M⁻¹ (or the bits of M⁻¹), counts, first blocks
     items: tl.int64,
     partials,  # fp64 [blocks], written where both steps are taken
+    numbers,  # fp64 [3] on the device: kick, drift, damp; read where FROM_MEMORY
     kick: tl.float64,  # declared fp64: undeclared, a Python float arrives as fp32
     drift: tl.float64,
     damp: tl.float64,
@@ -42,6 +45,7 @@ def leapfrog_kernel(
     G: tl.constexpr,  # None: no kick
     W: tl.constexpr,  # None: one M⁻¹ per tensor
     ALIGNED: tl.constexpr,
+    FROM_MEMORY: tl.constexpr,
     COMPUTE: tl.constexpr,  # fp64 if any operand is, else fp32
 ):
     """Kick: p ← damp·p − kick·∇L. Drift: q ← q + drift·M⁻¹p. Both: partials[b] = ½ Σ M⁻¹p²."""
@@ -62,6 +66,14 @@ def leapfrog_kernel(
     else:
         w = pointer(w, W, ALIGNED) + start
     out = partials + block
+    if FROM_MEMORY:
+        kick = tl.load(numbers)
+        drift = tl.load(numbers + 1)
+        damp = tl.load(numbers + 2)
+    else:
+        kick = tl.full((), kick, tl.float64)
+        drift = tl.full((), drift, tl.float64)
+        damp = tl.full((), damp, tl.float64)
     if count == BLOCK:
         _step(p, q, g, w, out, count, kick, drift, damp, BLOCK, P, Q, G, W, COMPUTE, True)
     else:
@@ -91,7 +103,7 @@ def _step(
     momentum = load_block(p, lanes, count, FULL, COMPUTE)
     if G is not None:
         gradient = load_block(g, lanes, count, FULL, COMPUTE)
-        momentum = tl.full((), damp, COMPUTE) * momentum - tl.full((), kick, COMPUTE) * gradient
+        momentum = damp.to(COMPUTE) * momentum - kick.to(COMPUTE) * gradient
         stored = momentum.to(P)
         store_block(p, lanes, count, stored, FULL)
         # The drift and the energy belong to the p in memory, rounded.
@@ -99,23 +111,23 @@ def _step(
     if Q is not None:
         position = load_block(q, lanes, count, FULL, COMPUTE)
         if W is None:
-            scale = (tl.full((), drift, tl.float64) * w).to(COMPUTE)
+            scale = (drift * w).to(COMPUTE)
         else:
             w = load_block(w, lanes, count, FULL, COMPUTE)
-            scale = tl.full((), drift, COMPUTE) * w
+            scale = drift.to(COMPUTE) * w
         store_block(q, lanes, count, (position + scale * momentum).to(Q), FULL)
         if G is not None:
             p64 = momentum.to(tl.float64)
             tl.store(out, 0.5 * tl.sum(w.to(tl.float64) * p64 * p64, axis=0))
 
 
-def kick_(p: list[Tensor], grad: list[Tensor], step: float, damp: float) -> None:
+def kick_(p: list[Tensor], grad: list[Tensor], step: Factor, damp: Factor) -> None:
     """p ← damp·p − step·grad, in place, for every tensor of the list."""
     unread = [1.0] * len(p)
     _launch(p, unread, grad, unread, step, 0.0, damp)
 
 
-def drift_(q: list[Tensor], p: list[Tensor], step: float, inv_mass: InvMass) -> None:
+def drift_(q: list[Tensor], p: list[Tensor], step: Factor, inv_mass: InvMass) -> None:
     """q ← q + step·M⁻¹p, in place, for every tensor of the list."""
     _launch(p, q, [1.0] * len(p), inv_mass, 0.0, step, 1.0)
 
@@ -124,10 +136,10 @@ def kick_drift_(
     q: list[Tensor],
     p: list[Tensor],
     grad: list[Tensor],
-    kick: float,
-    drift: float,
+    kick: Factor,
+    drift: Factor,
     inv_mass: InvMass,
-    damp: float,
+    damp: Factor,
 ) -> Tensor:
     """p ← damp·p − kick·grad, then q ← q + drift·M⁻¹p with that p; returns its ½ pᵀM⁻¹p (fp64)."""
     partials = _launch(p, q, grad, inv_mass, kick, drift, damp)
@@ -140,14 +152,16 @@ def _launch(
     q: Sequence[Tensor | float],  # numbers where q, or grad, takes no part
     grad: Sequence[Tensor | float],
     inv_mass: Sequence[Tensor | float],
-    kick: float,
-    drift: float,
-    damp: float,
+    kick: Factor,
+    drift: Factor,
+    damp: Factor,
 ) -> Tensor:
     """One launch per combination of dtypes; returns the partial energies [blocks]."""
     device = p[0].device if p else torch.device("cpu")
     groups = elementwise_groups([p, q, grad, inv_mass], BLOCK)
     partials = torch.empty(sum(g.blocks for g in groups), dtype=torch.float64, device=device)
+    # The factors, as numbers or in memory; what is unread may be anything.
+    on_host, numbers = in_memory((kick, drift, damp), device)
     first = 0
     with on_device(device):
         for group in groups:
@@ -156,15 +170,15 @@ def _launch(
                 device_table(group.rows, device),
                 group.items,
                 partials[first : first + group.blocks],
-                kick,
-                drift,
-                damp,
+                partials if numbers is None else numbers,
+                *on_host,
                 BLOCK=BLOCK,
                 P=p_dtype,
                 Q=q_dtype,
                 G=g_dtype,
                 W=w_dtype,
                 ALIGNED=group.wide,
+                FROM_MEMORY=numbers is not None,
                 COMPUTE=tl.float64 if torch.float64 in group.dtypes else tl.float32,
                 **OPTIONS,
             )
@@ -174,7 +188,7 @@ def _launch(
 
 def samples() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
     """Kernel, signature, constants and options of typical launches, to compile ahead of time."""
-    signature = {"table": "*i64", "items": "i64", "partials": "*fp64"}
+    signature = {"table": "*i64", "items": "i64", "partials": "*fp64", "numbers": "*fp64"}
     signature |= {"kick": "fp64", "drift": "fp64", "damp": "fp64"}
     f64, f32, b16, f16 = tl.float64, tl.float32, tl.bfloat16, tl.float16
     kinds = [
@@ -190,7 +204,7 @@ def samples() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]
             leapfrog_kernel,
             signature,
             {"BLOCK": BLOCK, "P": p, "Q": q, "G": g, "W": w, "ALIGNED": wide}
-            | {"COMPUTE": f64 if p == f64 else f32},
+            | {"FROM_MEMORY": not wide, "COMPUTE": f64 if p == f64 else f32},
             OPTIONS,
         )
         for p, q, g, w, wide in kinds

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from .ragged import (
     TRITON_DTYPE,
     find_item,
     fixed_sum,
+    in_memory,
     load_block,
     pointer,
     store_block,
@@ -118,7 +119,8 @@ def phase_kernel(
     FROM_MEMORY: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """p ← damp·p − kick·∇L, then q ← q + drift·M⁻¹p; partials[b] = ½ Σ M⁻¹p²."""
+    """p ← damp·p − kick·∇L, then q ← q + drift·M⁻¹p; partials[b] = ½ Σ M⁻¹p², unless it is a kick
+    alone. With neither kick nor drift: partials alone."""
     block = tl.program_id(0).to(tl.int64)
     item = find_item(table + 6 * items, items, block)
     start = (block - tl.load(table + 6 * items + item)) * BLOCK
@@ -141,7 +143,7 @@ def phase_kernel(
         stored = momentum.to(P)
         store_block(p, lanes, count, stored, False)
         momentum = widen(stored, COMPUTE)
-    if DRIFTS:
+    if DRIFTS or G is None:
         if W is None:
             w = fp64_row(table, 3, items, item)
             velocity = momentum
@@ -151,6 +153,9 @@ def phase_kernel(
             w = load_block(weights, lanes, count, False, COMPUTE)
             velocity = w * momentum
             rate = drift.to(COMPUTE)
+        p64 = momentum.to(tl.float64)
+        tl.store(partials + block, 0.5 * tl.sum(w.to(tl.float64) * p64 * p64, axis=0))
+    if DRIFTS:
         address = tl.load(table + items + item)
         q = pointer(address, Q, False) + start
         moved = load_block(q, lanes, count, False, COMPUTE) + rate * velocity
@@ -166,8 +171,6 @@ def phase_kernel(
             store_block(pointer(address, tl.int16, False) + start, lanes, count, half, False)
         else:
             store_block(q, lanes, count, moved.to(Q), False)
-        p64 = momentum.to(tl.float64)
-        tl.store(partials + block, 0.5 * tl.sum(w.to(tl.float64) * p64 * p64, axis=0))
 
 
 def phase_step(
@@ -181,27 +184,19 @@ def phase_step(
     damp: float | Tensor,
     drift: float | Tensor,
     key: int,
+    skipped: Collection[int] = (),
 ) -> Tensor:
     """As `reference.phase_space.phase_step`, to the bit; kick, damp and drift may be 0-d tensors on
     the device, which are read there. One launch per combination of dtypes."""
     device = q[0].device if q else torch.device("cpu")
-    grads = [0.0 if g is None or not kicks else g for g in grad]
+    stays = {*skipped, *(i for i, g in enumerate(grad) if kicks and g is None)}
+    grads = [0.0 if g is None or not kicks or i in stays else g for i, g in enumerate(grad)]
+    # A number in place of a position: it takes no part.
+    moved = [0.0 if i in stays else x for i, x in enumerate(q)]
     places = [float(i) for i in range(len(q))]
-    groups = elementwise_groups([p, q, grads, inv_mass, places], BLOCK)
+    groups = elementwise_groups([p, moved, grads, inv_mass, places], BLOCK)
     partials = torch.zeros(sum(g.blocks for g in groups), dtype=torch.float64, device=device)
-    factors = (kick, damp, drift)
-    from_memory = any(isinstance(x, Tensor) for x in factors)
-    numbers = partials
-    if from_memory:
-        numbers = torch.stack(
-            [
-                x.to(torch.float64)
-                if isinstance(x, Tensor)
-                else torch.full((), x, dtype=torch.float64, device=device)
-                for x in factors
-            ]
-        )
-    host = (0.0, 0.0, 0.0) if from_memory else factors
+    on_host, numbers = in_memory((kick, damp, drift), device)
     first = 0
     with on_device(device):
         for group in groups:
@@ -214,8 +209,8 @@ def phase_step(
                 device_table(group.rows, device),
                 group.items,
                 out,
-                numbers,
-                *host,
+                partials if numbers is None else numbers,
+                *on_host,
                 signed(key),
                 signed(0xBF58476D1CE4E5B9),
                 signed(0x94D049BB133111EB),
@@ -224,8 +219,8 @@ def phase_step(
                 Q=Q,
                 G=G,
                 W=W,
-                DRIFTS=drifts,
-                FROM_MEMORY=from_memory,
+                DRIFTS=drifts and Q is not None,
+                FROM_MEMORY=numbers is not None,
                 COMPUTE=tl.float64 if tl.float64 in (P, Q) else tl.float32,
                 **OPTIONS,
             )
@@ -248,8 +243,8 @@ def within(x, limit: tl.constexpr):
 
 @triton.jit(do_not_specialize=["items", "sign", "checksum_key"])
 def grid_kernel(
-    table,  # int64 rows: q, remainder, Q, P, ∇L, M⁻¹ (or its bits), bits of unit_q, unit_p and of
-    # the number of elements of the tensors before; counts, first blocks
+    table,  # int64 rows: P, remainder, Q, q, ∇L, M⁻¹ (or its bits), bits of unit_q, unit_p and of
+    # the number of elements of the tensors before and of s (0: it is `scale`); counts, first blocks
     items: tl.int64,
     energies,  # fp64 [blocks]
     checksums,  # int64 [blocks]
@@ -266,21 +261,25 @@ def grid_kernel(
     W: tl.constexpr,  # None: one M⁻¹ per tensor
     DRIFTS: tl.constexpr,
 ):
-    """P ← P ∓ ⌊kick/unit_p·∇L⌉, then Q ← Q ± ⌊(drift·unit_p/unit_q·w)·P⌉, q = unit_q·Q + r."""
+    """P ← P ∓ ⌊kick/s/unit_p·∇L⌉, then Q ← Q ± ⌊(drift·s·unit_p/unit_q·w)·P⌉, q = unit_q·Q + r; and
+    energies[b], unless it is a kick alone. With neither kick nor drift: energies alone."""
     block = tl.program_id(0).to(tl.int64)
-    item = find_item(table + 10 * items, items, block)
-    start = (block - tl.load(table + 10 * items + item)) * BLOCK
-    count = tl.minimum(tl.load(table + 9 * items + item) - start, BLOCK).to(tl.int32)
+    item = find_item(table + 11 * items, items, block)
+    start = (block - tl.load(table + 11 * items + item)) * BLOCK
+    count = tl.minimum(tl.load(table + 10 * items + item) - start, BLOCK).to(tl.int32)
     lanes = tl.arange(0, BLOCK)
     mask = lanes < count
     unit_q = fp64_row(table, 6, items, item)
     unit_p = fp64_row(table, 7, items, item)
-    P = pointer(tl.load(table + 3 * items + item), tl.int64, False) + start
+    own = fp64_row(table, 9, items, item)
+    s = tl.where(own == 0.0, tl.full((), scale, tl.float64), own)
+    P = pointer(tl.load(table + item), tl.int64, False) + start
     momentum = tl.load(P + lanes, mask=mask, other=0)
     inside = tl.full((BLOCK,), True, tl.int1)
     if G is not None:
         g = pointer(tl.load(table + 4 * items + item), G, False) + start
-        by = nearest((kick / unit_p) * load_block(g, lanes, count, False, tl.float64))
+        step = tl.full((), kick, tl.float64) / s / unit_p
+        by = nearest(step * load_block(g, lanes, count, False, tl.float64))
         place = fp64_row(table, 8, items, item).to(tl.int64) + (start + 1) + lanes
         z = by + place * checksum_key
         product = (z & 0xFFFFFFFF) * ((z >> 32) & 0xFFFFFFFF)
@@ -288,14 +287,17 @@ def grid_kernel(
         momentum -= (by ^ sign) - sign
         store_block(P, lanes, count, momentum, False)
         inside = within(by, 1 << 51) & within(momentum, 1 << 62)
-    if DRIFTS:
+    if DRIFTS or G is None:
         p64 = momentum.to(tl.float64)
-        rate = drift * (unit_p / unit_q)
         if W is None:
             w = fp64_row(table, 5, items, item)
         else:
             weights = pointer(tl.load(table + 5 * items + item), W, False) + start
             w = load_block(weights, lanes, count, False, tl.float64)
+        speed = (s * unit_p) * p64
+        tl.store(energies + block, 0.5 * tl.sum(w * speed * speed, axis=0))
+    if DRIFTS:
+        rate = (tl.full((), drift, tl.float64) * s) * (unit_p / unit_q)
         by = nearest((rate * w) * p64)
         Q = pointer(tl.load(table + 2 * items + item), tl.int64, False) + start
         position = tl.load(Q + lanes, mask=mask, other=0) + ((by ^ sign) - sign)
@@ -305,7 +307,7 @@ def grid_kernel(
         if R is not None:
             r = pointer(tl.load(table + items + item), R, False) + start
             moved += load_block(r, lanes, count, False, tl.float64)
-        address = tl.load(table + item)
+        address = tl.load(table + 3 * items + item)
         if T is tl.bfloat16:
             half = nearest_bf16(moved.to(tl.float32))
             store_block(pointer(address, tl.int16, False) + start, lanes, count, half, False)
@@ -313,8 +315,6 @@ def grid_kernel(
             if T is tl.float16:
                 moved = moved.to(tl.float32)
             store_block(pointer(address, T, False) + start, lanes, count, moved.to(T), False)
-        speed = (scale * unit_p) * p64
-        tl.store(energies + block, 0.5 * tl.sum(w * speed * speed, axis=0))
     tl.store(outside + block, tl.sum(tl.where(inside | (lanes >= count), 0, 1), axis=0))
 
 
@@ -327,20 +327,26 @@ def grid_step(
     inv_mass: Sequence[float | Tensor],
     unit_q: Sequence[float],
     unit_p: Sequence[float],
+    scale: Sequence[float],
     kicks: bool,
     drifts: bool,
     back: bool,
     kick: float,
     drift: float,
-    scale: float,
+    skipped: Collection[int] = (),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.phase_space.grid_step`, to the bit (but for the order of the energy's sum)."""
     device = q[0].device if q else torch.device("cpu")
     rest = [0.0 if r is None else r for r in remainder]
-    grads = [0.0 if g is None or not kicks else g for g in grad]
+    stays = {*skipped, *(i for i, g in enumerate(grad) if kicks and g is None)}
+    grads = [0.0 if g is None or not kicks or i in stays else g for i, g in enumerate(grad)]
+    moved = [0.0 if i in stays else x for i, x in enumerate(q)]
+    # Where all have the same s the table need not change with it.
+    same = len(set(scale)) <= 1
+    own = [0.0] * len(q) if same else scale
     before = [float(n) for n in prefix([x.numel() for x in q])[:-1]]
-    operands: list[Sequence[Tensor | float]] = [q, rest, Q, P, grads, inv_mass]
-    operands += [unit_q, unit_p, before]
+    operands: list[Sequence[Tensor | float]] = [P, rest, Q, moved, grads, inv_mass]
+    operands += [unit_q, unit_p, before, own]
     groups = elementwise_groups(operands, BLOCK)
     blocks = sum(g.blocks for g in groups)
     energies = torch.zeros(blocks, dtype=torch.float64, device=device)
@@ -349,7 +355,7 @@ def grid_step(
     first = 0
     with on_device(device):
         for group in groups:
-            T, R, G, W = (TRITON_DTYPE[group.dtypes[i]] for i in (0, 1, 4, 5))
+            T, R, G, W = (TRITON_DTYPE[group.dtypes[i]] for i in (3, 1, 4, 5))
             mine = slice(first, first + group.blocks)
             first += group.blocks
             if G is None and not drifts:
@@ -362,7 +368,7 @@ def grid_step(
                 outside[mine],
                 kick,
                 drift,
-                scale,
+                scale[0],
                 -1 if back else 0,
                 signed(0x9E3779B97F4A7C15),
                 BLOCK=BLOCK,
@@ -370,7 +376,7 @@ def grid_step(
                 R=R,
                 G=G,
                 W=W,
-                DRIFTS=drifts,
+                DRIFTS=drifts and T is not None,
                 **GRID_OPTIONS,
             )
         return checksums.sum(), ~outside.any(), fixed_sum(energies)

@@ -8,6 +8,7 @@ A list of any length costs one launch, and nothing of it travels as kernel argum
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -87,6 +88,22 @@ def sum_kernel(x, out, count: tl.int64, BLOCK: tl.constexpr, ROUNDS: tl.constexp
         index = first + r * BLOCK + tl.arange(0, BLOCK)
         total += tl.load(x + index, mask=index < count, other=0.0)
     tl.store(out + chunk, tl.sum(total, axis=0))
+
+
+def in_memory(
+    factors: Sequence[float | Tensor], device: torch.device
+) -> tuple[Sequence[float | Tensor], Tensor | None]:
+    """The factors of a step for a kernel: as numbers and None; or, where any is a 0-d tensor, zeros
+    and all of them as fp64 [n] on the device, which nobody waits for."""
+    if not any(isinstance(x, Tensor) for x in factors):
+        return factors, None
+    each = [
+        x.to(torch.float64)
+        if isinstance(x, Tensor)
+        else torch.full((), x, dtype=torch.float64, device=device)
+        for x in factors
+    ]
+    return [0.0] * len(factors), torch.stack(each)
 
 
 SUM_BLOCK, SUM_ROUNDS = 1024, 8
