@@ -280,10 +280,11 @@ def cases(device: str = "cpu", suite: str = "default") -> list[Case]:
     if device == "cpu":
         if suite == "default":
             return _cases()
+        from .bench_phase_space import phase_space_cases
         from .bench_power_iteration import full_cases
         from .bench_two_form import two_form_cases
 
-        return _cases() + full_cases() + two_form_cases()
+        return _cases() + phase_space_cases() + full_cases() + two_form_cases()
     without_bars = [replace(case, bars={}, most_us=math.inf) for case in _cases()]
     if suite == "default":
         return without_bars

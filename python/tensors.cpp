@@ -36,8 +36,8 @@ ExchangeTable* table = nullptr;
 
 using Range = std::pair<const char*, const char*>;
 
-// Tensor.is_neg and properties of Tensor, called without a search for the name: neither torch.Tensor
-// nor torch.nn.Parameter overrides them.
+// Tensor.is_neg and properties of Tensor, called without a search for the name: neither
+// torch.Tensor nor torch.nn.Parameter overrides them.
 PyMethodDef* is_neg = nullptr;
 PyGetSetDef* requires_grad = nullptr;
 PyGetSetDef* grad = nullptr;

@@ -168,6 +168,46 @@ def test_factors_of_a_step_in_a_cuda_graph(backend):
         assert all(torch.equal(a, b) for a, b in zip(flat([q, p]), flat(mirror), strict=True))
 
 
+def test_a_capped_step_of_leapfrog_in_a_cuda_graph():
+    need("triton")
+    runs = []
+    for captured in (False, True):
+        torch.manual_seed(0)
+        q = [torch.nn.Parameter(torch.randn(n, device="cuda")) for n in (7, 100_001)]
+        dt = torch.full((), 0.1, device="cuda", dtype=torch.float64)
+        optimizer = gti.optim.Leapfrog(
+            q, dt, inv_mass=1.0, damping=0.1, energy_cap=1.0, momentum="gaussian"
+        )
+        for x in q:
+            x.grad = torch.zeros_like(x)
+
+        def gradient(q=q):
+            for x in q:
+                x.grad.copy_(torch.sin(x.detach()))
+            return sum((1.0 - torch.cos(x.detach())).sum() for x in q).double()
+
+        loss = gradient().clone()
+        optimizer.step(loss=loss)  # the one before the capture, which only records
+        graph = None
+        for t in range(6):
+            dt.fill_(0.1 + 0.02 * t)
+            loss.copy_(gradient())
+            if not captured:
+                optimizer.step(loss=loss)
+                continue
+            if graph is None:
+                torch.cuda.synchronize()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    optimizer.step(loss=loss)
+            graph.replay()
+        results = [*(x.detach() for x in q), *optimizer.phase_spaces[0].momenta]
+        runs.append([*results, optimizer.cap_engagements, optimizer.energy()])
+    for a, b in zip(*runs, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert int(runs[0][-2]) > 0
+
+
 # ---- the plan -----------------------------------------------------------------------------------
 
 PLANS = pytest.mark.parametrize("backend", ["cuda", "triton"])

@@ -713,6 +713,50 @@ def test_add_param_group_in_the_middle():
     assert len(optimizer.param_groups) == len(optimizer.phase_spaces) == 2
 
 
+@pytest.mark.parametrize("on_device", [False, True])
+@pytest.mark.parametrize("form", ["staggered", "closure"])
+def test_lr_may_be_a_tensor(form, on_device, monkeypatch):
+    """on_device: dt stays a tensor, as it does on a GPU."""
+    ends = []
+    for dt in (0.1, torch.tensor(0.1, dtype=F64)):
+        q, p, potential = kepler(0.3)
+        optimizer = gti.optim.Leapfrog([q], dt, inv_mass=1.0, damping=0.2, momentum=[p])
+        if on_device and isinstance(dt, torch.Tensor):
+            monkeypatch.setattr(optimizer, "_step_size", lambda group: group["lr"].clone())
+        scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
+        closure = closure_of(optimizer, potential)
+        start = q.detach().clone()
+        for _ in range(5):
+            optimizer.step(closure) if form == "closure" else optimizer.step(loss=closure())
+            scheduler.step()
+        state = copy.deepcopy(optimizer.state_dict())
+        optimizer.step(closure) if form == "closure" else optimizer.step(loss=closure())
+        end = [q.detach().clone(), optimizer.phase_spaces[0].momenta[0].clone()]
+        energy = optimizer.energy()
+        optimizer.reverse(closure)
+        assert (q.detach() - end[0]).abs().max() > 1e-3 < (q.detach() - start).abs().max()
+        optimizer.load_state_dict(state)
+        optimizer.step(closure) if form == "closure" else optimizer.step(loss=closure())
+        torch.testing.assert_close(q.detach(), end[0], rtol=1e-12, atol=1e-13)
+        ends.append([*end, energy])
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-14 * on_device, atol=1e-15 * on_device)
+
+
+@pytest.mark.parametrize(
+    ("lr", "error", "words"),
+    [
+        (torch.ones(2), ValueError, "lr must be a float or a 0-d tensor"),
+        (torch.tensor(1), TypeError, "lr must be a float or a tensor of float64 or float32"),
+        (torch.tensor(0.1, device="meta"), ValueError, "lr must be a float or a tensor on cpu"),
+        (torch.tensor(math.nan), ValueError, "lr must be finite"),
+    ],
+)
+def test_tensors_that_are_no_lr(lr, error, words):
+    for make in (gti.optim.Leapfrog, gti.optim.BAOAB):
+        with pytest.raises(error, match=words):
+            make([parameter(1.0)], lr)
+
+
 @pytest.mark.parametrize("schedule", ["StepLR", "OneCycleLR", "LambdaLR"])
 def test_lr_schedulers_set_dt(schedule):
     q = parameter(1.0)

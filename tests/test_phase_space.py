@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 
+import numpy
 import pytest
 import torch
 
@@ -128,8 +131,11 @@ def test_a_parameter_without_gradient_is_left_alone(exact, dtype, backend):
             p.grad = None if i in missing else grads[i]
         for damp in (1.0, 0.5):
             q0, p0 = copies(params), copies(space.momenta)
+            versions = [p._version for p in params]
             space.kick_(0.25, damp=damp)
             energy = space.kick_drift_(0.5, 0.125, damp=damp)
+            written = [p._version > v for p, v in zip(params, versions)]
+            assert written == [i not in missing for i in range(3)]
             assert space.skipped == missing
             for i in range(3):
                 stays = i in missing
@@ -450,6 +456,49 @@ def test_parameters_that_came_to_share_memory_are_refused():
     with pytest.raises(ValueError, match="share memory"):
         space.kick_drift_(0.1, 0.1)
     assert torch.equal(params[0], before)
+
+
+def test_a_parameter_that_moves_onto_a_gradient_is_refused():
+    """The plan remembers which gradients it found apart from what it writes."""
+    params = parameters((6,), (2, 3))
+    space = gti.PhaseSpace(params)
+    for _ in range(2):
+        space.kick_drift_(0.1, 0.1)
+    memory = params[0].grad
+    params[1].data = memory.view(2, 3)
+    before = memory.clone()
+    with pytest.raises(ValueError, match="share memory"):
+        space.kick_drift_(0.1, 0.1)
+    assert torch.equal(memory, before)
+
+
+def test_a_plan_holds_no_memory_that_a_parameter_has_left():
+    memory = numpy.zeros(6, dtype=numpy.float32)
+    param, gone = torch.nn.Parameter(torch.from_numpy(memory)), weakref.ref(memory)
+    del memory
+    space = gti.PhaseSpace(param)
+    assert gone() is not None
+    param.data = torch.zeros(6)
+    assert gone() is None
+    space.drift_(0.1)
+    gone = weakref.ref(param)
+    del param, space
+    gc.collect()
+    assert gone() is None
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_integrator_skips_a_parameter_without_gradient(exact):
+    q, p = [numbers(5), numbers(4, seed=1)], [numbers(5, seed=2), numbers(4, seed=3)]
+    space = gti.PhaseSpace(q, inv_mass=1.0, momentum=p, exact=exact)
+    start = [*copies(q), *space.momenta]
+    walk = {"steps": 6, "damping": 0.4, "order": 4}
+    space.leapfrog_(lambda q: [torch.sin(q[0]), None], 0.1, **walk)
+    assert same_bits([q[1], space.momenta[1]], [start[1], start[3]])
+    assert (q[0] - start[0]).abs().max() > 0.1
+    space.leapfrog_(lambda q: [torch.sin(q[0]), None], -0.1, **walk)
+    for x, y in zip([*q, *space.momenta], start):
+        torch.testing.assert_close(x, y, rtol=0, atol=0 if exact else 1e-12)
 
 
 def test_autograd_is_told_of_a_step():

@@ -62,7 +62,7 @@ class BAOAB(PhaseOptimizer):
     def __init__(
         self,
         params: Any,
-        dt: float,
+        dt: float | Tensor,
         temperature: float = 1.0,
         friction: float = 1.0,
         inv_mass: Any = "fan_in",
@@ -72,7 +72,7 @@ class BAOAB(PhaseOptimizer):
     ) -> None:
         self._generators: dict[torch.device, torch.Generator] = {}
         defaults = {
-            "lr": finite("BAOAB", "dt", dt),
+            "lr": dt if isinstance(dt, Tensor) else finite("BAOAB", "dt", dt),
             "temperature": temperature,
             "friction": friction,
             "inv_mass": inv_mass,
@@ -97,11 +97,15 @@ class BAOAB(PhaseOptimizer):
             if finite("BAOAB", name, group[name]) < 0.0:
                 raise ValueError(f"BAOAB: {name} must be >= 0, got {group[name]}")
 
-    def _move(self, i: int, kick: float, h: float, damp: float | Tensor) -> Tensor:
+    def _move(self, i: int, kick: Any, h: Any, damp: Any) -> Tensor:
         group, space = self.param_groups[i], self.phase_spaces[i]
         space.kick_drift_(kick, 0.5 * h, damp=damp)
-        c = math.exp(-group["friction"] * h)
-        amplitude = math.sqrt(group["temperature"] * max(0.0, 1.0 - c * c))
+        if isinstance(h, Tensor):
+            c = (-group["friction"] * h).exp()
+            amplitude = (group["temperature"] * (1.0 - c * c)).clamp(min=0.0).sqrt()
+        else:
+            c = math.exp(-group["friction"] * h)
+            amplitude = math.sqrt(group["temperature"] * max(0.0, 1.0 - c * c))
         # p ← c p + amplitude·M^{1/2} ξ is a damped kick whose gradient is noise.
         return space.kick_drift_(-amplitude, 0.5 * h, damp=c, grads=self._noise(space))
 

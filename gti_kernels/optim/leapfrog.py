@@ -40,7 +40,9 @@ class Leapfrog(PhaseOptimizer):
     Args:
         params: tensors, (name, tensor) pairs, or dicts with "params" and options of the group
             ("lr", "inv_mass", "damping", "maximize", "momentum"), as in torch.optim.
-        dt: step size [time]; kept in each group as "lr", so that schedulers find it.
+        dt: step size [time]; kept in each group as "lr", so that schedulers find it. A float, or a
+            0-d tensor of fp64 or fp32: on a GPU it is read there, so that a step captured in a CUDA
+            graph, after one before the capture, takes what it holds at each replay.
         inv_mass: M⁻¹, the diagonal: "fan_in" (clip(1/√fan_in, 1/8, 8) for weights of two or more
             dimensions, 1 for all others), a float, one float per tensor, or tensors like params.
             Read when the group is added.
@@ -87,7 +89,7 @@ class Leapfrog(PhaseOptimizer):
     def __init__(
         self,
         params: Any,
-        dt: float,
+        dt: float | Tensor,
         inv_mass: Any = "fan_in",
         damping: float = 0.0,
         order: int = 2,
@@ -107,9 +109,9 @@ class Leapfrog(PhaseOptimizer):
         self._initial_energy: Tensor | None = None
         self._walked = WalkedSteps()  # with exact
         self._unfinished: Step | None = None  # the last step with exact; or one that is half undone
-        self._numbers: list[list[tuple[float, float, float]]] = []  # of one that is half undone
+        self._numbers: list[list[tuple[Any, Any, Any]]] = []  # of one that is half undone
         defaults = {
-            "lr": finite("Leapfrog", "dt", dt),
+            "lr": dt if isinstance(dt, Tensor) else finite("Leapfrog", "dt", dt),
             "inv_mass": inv_mass,
             "damping": damping,
             "maximize": bool(maximize),
@@ -177,8 +179,9 @@ class Leapfrog(PhaseOptimizer):
         super()._check_group(group)
         finite("Leapfrog", "damping", group["damping"])
 
-    def _half_damp(self, group: dict[str, Any], h: float) -> float:
-        return math.exp(-0.5 * group["damping"] * h)
+    def _half_damp(self, group: dict[str, Any], h: Any) -> Any:
+        exponent = -0.5 * group["damping"] * h
+        return exponent.exp() if isinstance(exponent, Tensor) else math.exp(exponent)
 
     def _begin_step(self, loss: Tensor | None) -> Tensor | None:
         factor = self._cap(loss)
@@ -190,12 +193,12 @@ class Leapfrog(PhaseOptimizer):
             self._unfinished = None
         return factor
 
-    def _move(self, i: int, kick: float, h: float, damp: float | Tensor) -> Tensor:
+    def _move(self, i: int, kick: Any, h: Any, damp: Any) -> Tensor:
         kinetic = self.phase_spaces[i].kick_drift_(kick, h, damp=damp)
         self._walk(i, True)
         return kinetic
 
-    def _kick(self, i: int, kick: float, damp: float) -> None:
+    def _kick(self, i: int, kick: Any, damp: Any) -> None:
         super()._kick(i, kick, damp)
         self._walk(i, False)
 
@@ -218,11 +221,11 @@ class Leapfrog(PhaseOptimizer):
         owed = [owed or (0.0, 1.0) for owed in self._owed]
         step: Step = (tuple(owed), [])
         self._numbers = []
-        synchronised = all(x == (0.0, 1.0) for x in owed)
+        synchronised = all(not isinstance(x[0], Tensor) and x == (0.0, 1.0) for x in owed)
         for w in self._fractions if synchronised else (1.0,):
             numbers = []
             for i, group in enumerate(self.param_groups):
-                h = w * group["lr"]
+                h = w * self._step_size(group)
                 kick, damp, owed[i] = self._stage(group, owed[i], h, synchronised=synchronised)
                 numbers.append((self._sign(i) * kick, h, damp))
             self._numbers.append(numbers)
@@ -270,7 +273,7 @@ class Leapfrog(PhaseOptimizer):
             self._initial_energy = energy
         limit = self._energy_cap * self._initial_energy
         over = energy > limit
-        self._engagements = self._engagements + over
+        self._engagements.add_(over)
         room = (limit - potential).clamp(min=_EPSILON)
         return torch.where(over, (room / kinetic.clamp(min=_EPSILON)).sqrt(), 1.0)
 
@@ -281,7 +284,7 @@ class Leapfrog(PhaseOptimizer):
         return {
             **super()._saved(),
             "initial_energy": self._initial_energy,
-            "engagements": self._engagements,
+            "engagements": self._engagements.clone(),
             "walked": self._walked.state(),
             "unfinished": copy.deepcopy((self._unfinished, self._numbers)),
         }
@@ -290,6 +293,6 @@ class Leapfrog(PhaseOptimizer):
         super()._restore(saved)
         initial = saved["initial_energy"]
         self._initial_energy = None if initial is None else initial.to(self._device)
-        self._engagements = saved["engagements"].to(self._device)
+        self._engagements = saved["engagements"].to(self._device, copy=True)
         self._walked = WalkedSteps.of(saved["walked"])
         self._unfinished, self._numbers = copy.deepcopy(saved["unfinished"])

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.arguments import finite
+from ..ops.arguments import finite, scalars
 from ..phase_space import PhaseSpace
 
 Closure = Callable[[], Any]
-Owed = tuple[float, float]
+Owed = tuple[Any, Any]  #: floats, or 0-d tensors on a device
 _SAVED = "phase_space"  #: the one key in the `state` of a state_dict
 
 
@@ -35,6 +35,7 @@ class PhaseOptimizer(torch.optim.Optimizer):
         self._momentum, self._exact, self._seed = momentum, bool(exact), seed
         self._owed: list[Owed | None] = []
         self._kinetic: list[Tensor | None] = []  # K of the momenta as they are, where known
+        self._kept: dict[int, Tensor] = {}  # the memory of K on a GPU
         self._before: list[tuple[Tensor, float]] = []  # after a staggered step: see `energy`
         self._loss: Tensor | None = None
         self._evaluated: tuple[Any, list[int], list[Any]] | None = None
@@ -46,13 +47,20 @@ class PhaseOptimizer(torch.optim.Optimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         """Raises for an option of the group that cannot be; called before every step."""
-        finite(type(self).__name__, "lr", group["lr"])
+        lr, name = group["lr"], type(self).__name__
+        if not isinstance(lr, Tensor):
+            finite(name, "lr", lr)
+            return
+        device = group["params"][0].device if group["params"] else lr.device
+        if lr.device.type == "cpu":
+            device = lr.device  # it is read
+        scalars(name, [torch.empty(0, device=device)], lr=lr)
 
-    def _half_damp(self, group: dict[str, Any], h: float) -> float:
+    def _half_damp(self, group: dict[str, Any], h: Any) -> Any:
         """The factor of p over half a stage of size h."""
         return 1.0
 
-    def _move(self, i: int, kick: float, h: float, damp: float | Tensor) -> Tensor | None:
+    def _move(self, i: int, kick: Any, h: Any, damp: Any) -> Tensor | None:
         """p ← damp·p − kick·∇L, then the motion of group i over h; K of the new p, where known."""
         raise NotImplementedError
 
@@ -69,14 +77,16 @@ class PhaseOptimizer(torch.optim.Optimizer):
         factor = self._begin_step(potential)
         self._loss, self._evaluated = potential, None
         for i, group in enumerate(self.param_groups):
-            h, before = group["lr"], self._kinetic_energy(i)
+            h, before = self._step_size(group), self._kinetic_energy(i)
             if factor is not None:
                 before = before * factor.to(before.device).square()
+            elif before.is_cuda:
+                before = before.clone()  # its memory gets the new one
             owed = self._owed[i] or (0.5 * h, self._half_damp(group, h))
             kick, damp, left = self._stage(group, owed, h, synchronised=False)
-            self._before[i:] = [(before, owed[0] / kick if kick else 0.0)]
+            self._before[i:] = [(before, _quotient(owed[0], kick))]
             self._advance(i, kick, h, damp, factor)
-            self._owed[i] = left
+            self._leave(i, left)
 
     def _closure_step(self, closure: Closure, fractions: Sequence[float]) -> Tensor:
         """Kick, motion and kick per fraction of a step; p and q end at the same time."""
@@ -88,11 +98,11 @@ class PhaseOptimizer(torch.optim.Optimizer):
                 self._potential(closure)
             self._before, self._evaluated = [], None
             for i, group in enumerate(self.param_groups):
-                h = w * group["lr"]
+                h = w * self._step_size(group)
                 owed = self._owed[i] or (0.0, 1.0)
                 kick, damp, left = self._stage(group, owed, h, synchronised=True)
                 self._advance(i, kick, h, damp, factor)
-                self._owed[i] = left
+                self._leave(i, left)
             factor = None
         self._potential(closure)
         for i, rest in enumerate(self._owed):
@@ -101,9 +111,33 @@ class PhaseOptimizer(torch.optim.Optimizer):
         self._remember(closure)
         return start
 
+    def _step_size(self, group: dict[str, Any]) -> Any:
+        """dt: a float; or a 0-d tensor where reading it would wait for a device."""
+        lr = group["lr"]
+        if isinstance(lr, Tensor) and (self._exact or lr.device.type == "cpu"):
+            return float(lr)
+        return lr.to(torch.float64) if isinstance(lr, Tensor) else lr
+
+    def _leave(self, i: int, owed: Owed) -> None:
+        """What group i owes from now on. Tensors stay where they are, as `_keep` has it."""
+        before = self._owed[i]
+        if before is not None and all(isinstance(x, Tensor) for x in (*before, *owed)):
+            for kept, new in zip(before, owed):
+                kept.copy_(new)
+        else:
+            self._owed[i] = owed
+
+    def _keep(self, i: int, kinetic: Tensor | None) -> None:
+        """K of group i as it is now. On a GPU it stays where it is, so that a step captured in a
+        graph begins with what the replay before it left."""
+        if kinetic is not None and kinetic.is_cuda:
+            kept = self._kept.setdefault(i, torch.empty_like(kinetic))
+            kinetic = kept.copy_(kinetic)
+        self._kinetic[i] = kinetic
+
     def _stage(
-        self, group: dict[str, Any], owed: Owed, h: float, *, synchronised: bool
-    ) -> tuple[float, float, Owed]:
+        self, group: dict[str, Any], owed: Owed, h: Any, *, synchronised: bool
+    ) -> tuple[Any, Any, Owed]:
         """kick and damp of a stage of size h, with what the one before owed; and what it owes."""
         (kick, damp), half = owed, self._half_damp(group, h)
         if synchronised:  # owed: p ← half (p − (h/2) ∇L); then p ← half p − (h/2) ∇L
@@ -114,12 +148,12 @@ class PhaseOptimizer(torch.optim.Optimizer):
         """The factor of all momenta for the first kick of the step."""
         return self._cap(loss)
 
-    def _advance(self, i: int, kick: float, h: float, damp: float, factor: Tensor | None) -> None:
+    def _advance(self, i: int, kick: Any, h: Any, damp: Any, factor: Tensor | None) -> None:
         self._kinetic[i] = None  # whatever happens below
         scaled = damp if factor is None else damp * factor.to(self.phase_spaces[i].device)
-        self._kinetic[i] = self._move(i, self._sign(i) * kick, h, scaled)
+        self._keep(i, self._move(i, self._sign(i) * kick, h, scaled))
 
-    def _kick(self, i: int, kick: float, damp: float) -> None:
+    def _kick(self, i: int, kick: Any, damp: Any) -> None:
         self._kinetic[i] = None
         self.phase_spaces[i].kick_(self._sign(i) * kick, damp=damp)
 
@@ -222,9 +256,10 @@ class PhaseOptimizer(torch.optim.Optimizer):
         return next((x.device for x in self.phase_spaces if x.params), torch.device("cpu"))
 
     def _kinetic_energy(self, i: int) -> Tensor:
+        if self._kinetic[i] is None:
+            self._keep(i, self.phase_spaces[i].kinetic_energy())
         kinetic = self._kinetic[i]
-        if kinetic is None:
-            kinetic = self._kinetic[i] = self.phase_spaces[i].kinetic_energy()
+        assert kinetic is not None
         return kinetic
 
     # ---- the torch.optim.Optimizer contract ------------------------------------------------------
@@ -295,17 +330,21 @@ class PhaseOptimizer(torch.optim.Optimizer):
         return {
             "class": type(self).__name__,
             "plans": [space.state_dict() for space in self.phase_spaces],
-            "owed": list(self._owed),
-            "kinetic": list(self._kinetic),
-            "before": list(self._before),
+            "owed": [None if owed is None else tuple(map(_copied, owed)) for owed in self._owed],
+            "kinetic": [_copied(k) for k in self._kinetic],
+            "before": [(k, _copied(w)) for k, w in self._before],
             "loss": self._loss,
         }
 
     def _restore(self, saved: dict[str, Any]) -> None:
         devices = [space.device for space in self.phase_spaces]
-        self._owed = [None if owed is None else (owed[0], owed[1]) for owed in saved["owed"]]
-        self._kinetic = [None if k is None else k.to(d) for k, d in zip(saved["kinetic"], devices)]
-        self._before = [(k.to(d), w) for (k, w), d in zip(saved["before"], devices)]
+        self._owed = [
+            None if owed is None else (_copied(owed[0], d), _copied(owed[1], d))
+            for owed, d in zip(saved["owed"], devices)
+        ]
+        self._kept = {}
+        self._kinetic = [_copied(k, d) for k, d in zip(saved["kinetic"], devices)]
+        self._before = [(k.to(d), _copied(w, d)) for (k, w), d in zip(saved["before"], devices)]
         self._loss = None if saved["loss"] is None else saved["loss"].to(self._device)
 
     def _plan(self, group: dict[str, Any], i: int, momentum: Any) -> PhaseSpace:
@@ -316,6 +355,18 @@ class PhaseOptimizer(torch.optim.Optimizer):
             exact=self._exact,
             seed=(self._seed * 1_000_003 + i) % 2**63,  # no two groups draw the same numbers
         )
+
+
+def _copied(x: Any, device: torch.device | None = None) -> Any:
+    """x; a tensor in memory of its own."""
+    return x.to(device, copy=True) if isinstance(x, Tensor) else x
+
+
+def _quotient(x: Any, y: Any) -> Any:
+    """x/y, or 0 where y is."""
+    if isinstance(y, Tensor):
+        return torch.where(y == 0.0, 0.0, x / y)
+    return x / y if y else 0.0
 
 
 def _weakly(closure: Closure) -> Callable[[], Any]:
