@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -92,16 +91,12 @@ def _two_form(
         omega, rest = backends.compiled.two_form(*qp, metric, False, get_num_threads())
         bound, result = rest.error_bound, rest.metric
     else:
-        run = _one_problem(chosen)
-        problems = [([x], [y]) for x, y in zip(q[0], p[0])] if batched else [(q, p)]
-        omegas, bounds, results = zip(*(run(x, y, metric) for x, y in problems))
-        join = torch.stack if batched else operator.itemgetter(0)
-        omega, bound, result = join(omegas), join(bounds), join(results) if metric else None
+        omega, bound, result = _kernel(chosen)(q, p, metric)
     return omega, bound, omega.new_empty(0) if result is None else result
 
 
-def _one_problem(backend: str) -> Callable[..., tuple[Tensor, Tensor, Tensor | None]]:
-    """two_form of a backend that takes lists of [m, N_t]."""
+def _kernel(backend: str) -> Callable[..., tuple[Tensor, Tensor, Tensor | None]]:
+    """two_form of a backend that takes lists of [m, N_t] or [B, m, N_t]."""
     if backend == "cuda":
         from ..cuda_kernels import two_form as cuda
 

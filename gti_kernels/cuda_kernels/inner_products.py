@@ -1,0 +1,191 @@
+"""Inner products between rows in CUDA C++: what the launchers of two_form and gram share; the
+kernels are in `csrc/cuda/inner_products.cuh`. One launch for all problems, tiles and tensors of a
+dtype; each op adds the stretches of columns in a second one.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..tables import device_table, on_device, prefix
+from . import ragged
+from .compiler import Specialisation
+from .ragged import run
+
+UNIT = 2.0**-53  # fp64 unit roundoff
+BLOCKS = 4096  # aimed at; no property of the device, so that no bit of a result depends on it
+FLUSH = 512  # columns that one accumulator of the tensor cores takes in
+
+
+class Tile(NamedTuple):
+    """How `tile_sums` is cut, as the source has it."""
+
+    rows: int  # the macro TILE
+    dtype: torch.dtype
+    metric: bool = False
+    weighted: bool = False
+
+    @classmethod
+    def of(cls, m: int, dtype: torch.dtype, metric: bool = False, weighted: bool = False) -> Tile:
+        if dtype == torch.float64:
+            return cls(2 if metric or m <= 2 else 4, dtype, metric, weighted)
+        most = 32 if dtype == torch.float32 and not metric else 16
+        rows = next(rows for rows in (4, 8, 16, most) if rows >= min(m, most))
+        return cls(rows, dtype, metric, weighted)
+
+    @property
+    def exact(self) -> bool:
+        return self.dtype == torch.float64
+
+    @property
+    def columns(self) -> int:
+        """Of a unit, the least that a warp takes."""
+        if self.exact:
+            return 32 if self.metric else 64
+        lanes = 4 * 16 // self.dtype.itemsize
+        if self.rows >= 16:
+            return lanes
+        return lanes * (2 if self.metric else 4) * (8 // self.rows)
+
+    def split(self, m: int) -> int:
+        """A block has split × split tiles, whose warps share rows through the L1 cache."""
+        return 2 if m > self.rows else 1
+
+    @property
+    def shared_bytes(self) -> int:
+        """Of a block."""
+        forms = 2 if self.metric else 1
+        sums = 2 * self.rows**2 if self.exact else 64 * max(1, self.rows // 8) ** 2
+        return ragged.THREADS // 32 * 8 * (forms * sums + 2 * self.rows)
+
+
+class Sums(NamedTuple):
+    """What the last kernel of an op starts from. B problems, m rows of x, l of y."""
+
+    sums: Tensor  # [B, 1 + metric, m, l, 1 + exact, stretches]
+    norms: Tensor  # [B, m + l, stretches]: Σ |w| x², Σ |w| y²; symmetric: [B, m, stretches]
+    exact: bool
+    factor: float  # of the bound: |sum − exact| ≤ factor·√(Σ |w| x²)·√(Σ |w| y²) + underflow
+    underflow: float  # and what squares that vanished lack
+
+
+def widest(*lists: list[Tensor] | None) -> list[list[Tensor] | None]:
+    """The lists with one dtype for each place; with fp64 everywhere if it is anywhere: sums are
+    compensated for all tensors or for none."""
+    given = [x for x in lists if x is not None]
+    exact = any(t.dtype == torch.float64 for x in given for t in x)
+    dtypes = []
+    for tensors in zip(*given, strict=True):
+        dtype = torch.float64 if exact else tensors[0].dtype
+        for t in tensors[1:]:
+            dtype = torch.promote_types(dtype, t.dtype)
+        dtypes.append(dtype)
+    return [x and [t.to(d) for t, d in zip(x, dtypes, strict=True)] for x in lists]
+
+
+def inner_products(
+    stem: str,
+    x: list[Tensor],
+    y: list[Tensor] | None,
+    weight: list[Tensor] | None = None,
+    metric: bool = False,
+) -> Sums:
+    """Σ_a w_a x_ia y_ja, with metric also Σ_a x_ia x_ja + y_ia y_ja above the diagonal and on it,
+    for each of a number of stretches of columns.
+
+    x, y: lists of contiguous [B, m, N_t] and [B, l, N_t], B left out where there is one problem; y
+    None: x, and only entries above the diagonal and on it. weight: of [N_t]. Any float dtype; where
+    those of one place differ, or one of any place is fp64, the others are copied to it.
+
+    The bound. Let a term pass through at most h additions before the last kernel, u = 2⁻⁵³, Σ|x|
+    the sum of the terms' magnitudes, by Cauchy and Schwarz at most the product of the norms. Up to
+    fp32: w x and a product of two have no error, a product of three is rounded with its sum by one
+    fma, so these additions lose at most ((1 + u)ʰ − 1) Σ|x|. The last kernel adds the stretches
+    with TwoSum: beside u|value| for its last rounding it loses terms of order u² only. For fp64
+    elements every sum is compensated, and with h additions in all 4(h + 2)²u² Σ|x| is left. As in
+    Triton's `inner_products`, which has the proof, the factors leave room for the rounding of the
+    norms.
+    """
+    x_, y_, w_ = widest(x, y, weight)
+    assert x_ is not None
+    *batch, m, _ = x_[0].shape
+    symmetric, device = y_ is None, x_[0].device
+    ys = x_ if y_ is None else y_
+    problems, l = batch[0] if batch else 1, ys[0].shape[-2]
+    larger = max(m, l)
+    groups: dict[torch.dtype, list[tuple[int, ...]]] = {}
+    for i, (x_t, y_t) in enumerate(zip(x_, ys, strict=True)):
+        if x_t.numel():
+            w_at = 0 if w_ is None else w_[i].data_ptr()
+            row = (x_t.data_ptr(), y_t.data_ptr(), w_at, x_t.shape[-1])
+            groups.setdefault(x_t.dtype, []).append(row)
+
+    launches = []
+    stretches = depth = 0
+    for dtype, items in groups.items():
+        tile = Tile.of(larger, dtype, metric, w_ is not None)
+        split = tile.split(larger)
+        span = split * tile.rows
+        pairs = -(-m // span) * -(-l // span)
+        streams = ragged.THREADS // 32 // split**2
+        starts = prefix([-(-row[3] // tile.columns) for row in items])
+        stretch = max(4 * streams, -(-starts[-1] // max(1, BLOCKS // pairs)))
+        here = -(-starts[-1] // stretch)
+        launches.append((tile, split, pairs, items, starts, stretch, here, stretches))
+        stretches += here
+        units = -(-stretch // streams)  # of a warp at most
+        # 17: the sum of warps and of halves; 37: the sum of lanes and of warps, the last kernel's.
+        if tile.exact:
+            depth = max(depth, units * tile.columns // 32 + 37)
+        else:
+            columns = units * tile.columns
+            depth = max(depth, min(FLUSH, columns) + -(-columns // FLUSH) + 17)
+    exact = torch.float64 in groups
+    length = sum(row[3] for items in groups.values() for row in items)
+
+    def new(*size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.float64, device=device)
+
+    sums = new(problems, 1 + metric, m, l, 1 + exact, stretches)
+    norms = new(problems, m if symmetric else m + l, stretches)
+    with on_device(device):
+        for tile, split, pairs, items, starts, stretch, here, first in launches:
+            rows = (*zip(*items, strict=True), tuple(starts))
+            sizes = [len(items), m, l, int(symmetric), split, starts[-1], stretch, here, first]
+            args = [device_table(rows, device), *sizes, stretches, sums, norms]
+            blocks = pairs * here * problems
+            run(stem, specialisation(stem, tile), blocks, args, device, tile.shared_bytes)
+    if exact:
+        depth += -(-stretches // 32)
+        factor, underflow = 4 * ((depth + 2) * UNIT) ** 2, 4 * length * 2.0**-1074
+    else:
+        factor, underflow = (depth + 2) * UNIT, 0.0
+    return Sums(sums, norms, exact, factor, underflow)
+
+
+def specialisation(stem: str, tile: Tile) -> Specialisation:
+    """`tile_sums` of a source; gram's is for one form and any weights, two_form's the other way."""
+    option = {"WEIGHTED": tile.weighted} if stem == "gram" else {"METRIC": tile.metric}
+    return ragged.specialisation("tile_sums", tile.dtype, TILE=tile.rows, **option)
+
+
+def finish_specialisation(stem: str, exact: bool) -> Specialisation:
+    """The kernel that adds the stretches: for plain sums or compensated ones."""
+    dtype = torch.float64 if exact else torch.float32
+    option = "WEIGHTED" if stem == "gram" else "METRIC"
+    return ragged.specialisation("finish", dtype, TILE=4, **{option: False})
+
+
+def specialisations(stem: str) -> tuple[Specialisation, ...]:
+    """All that a source is asked for."""
+    tiles = dict.fromkeys(
+        Tile.of(m, dtype, **{"weighted" if stem == "gram" else "metric": option})
+        for dtype in ragged.ELEMENT
+        for option in (False, True)
+        for m in (2, 4, 8, 16, 32)
+    )
+    finish = (finish_specialisation(stem, exact) for exact in (False, True))
+    return (*(specialisation(stem, tile) for tile in tiles), *finish)
