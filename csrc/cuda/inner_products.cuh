@@ -18,7 +18,7 @@
 // Oishi 2005). Lanes own columns. 17 operations a product: bound by fp64 arithmetic above m = 2.
 //
 // Macros: ELEMENT; TILE, rows of a tile: 4 (two halves of the columns in one instruction), 8, 16,
-// 32, or for fp64 2, 4; METRIC: x_i·x_j + y_i·y_j too; WEIGHTED; SELF: y may be x; THREADS. The
+// 32, or for fp64 2, 4; METRIC: x_i·x_j + y_i·y_j too; WEIGHTED; SYMMETRIC: y is x; THREADS. The
 // registers limit 32 to fp32 without METRIC, and 4 for fp64 to no METRIC.
 #pragma once
 
@@ -78,7 +78,9 @@ __device__ __forceinline__ double add_square(double x, double wx, double sum) {
 // y [batch, l, count] and w [count], of counts, and first units.
 struct List {
   const int64* table;
-  int64 items, problem, m, l;
+  int64 items;
+  int problem;
+  int64 m, l;
   __device__ __forceinline__ const int64* starts() const { return table + 4 * items; }
 };
 
@@ -102,10 +104,9 @@ __device__ __forceinline__ Columns columns_of(const List& list, int64 item) {
 }
 
 // What a warp knows of its tile: its first rows, of x and of y, and the last there are. Rows beyond
-// are read from the last one; what they give is not written. Of which rows the squares are wanted.
+// are read from the last one; what they give is not written.
 struct Place {
   int64 i, j, last_i, last_j;
-  bool squares_x, squares_y;
 };
 
 // Kinds of tiles: G alone, with y = x on the diagonal (kSame) or not; on the diagonal with S, rows
@@ -120,11 +121,13 @@ constexpr int kSetsOf = kKind == kSame   ? 1
 
 constexpr int R = TILE < 8 ? 1 : TILE / 8;  // instructions across a tile
 constexpr int kFold = TILE < 8 ? 2 : 1;     // halves of the columns
-constexpr int kSteps = R > 1 ? 1 : METRIC ? 2 : 4;
+constexpr int kSteps = R > 1 ? 1 : METRIC || WEIGHTED ? 2 : 4;
 constexpr bool kOneTile = R == 1;
-constexpr int kUnit = kSteps * kFold * 4 * V;                   // columns
-constexpr int kBlocks = R == 1 || (R == 2 && !METRIC) ? 2 : 1;  // on a multiprocessor at once
-constexpr int kFlush = 512 * kFold / kUnit;                     // units
+constexpr int kUnit = kSteps * kFold * 4 * V;  // columns
+// On a multiprocessor at once, as registers allow.
+constexpr int kBlocks =
+    R == 1 || (R == 2 && !METRIC && !WEIGHTED && !(SYMMETRIC && V == 8)) ? 2 : 1;
+constexpr int kFlush = 512 * kFold / kUnit;                 // units
 constexpr int kSlots = kForms * R * R * 2 * 32 + 2 * TILE;  // numbers of a warp in shared memory
 
 // The sums of a warp over its units; `slots` are its own.
@@ -249,15 +252,13 @@ class Tile {
             mma(sums_[kForms - 1][r][c], a[kKind == kFull ? 3 : 1][r], a[1][c]);
           }
         }
-      if (place_.squares_x) {
+      if (kKind == kSame || place_.i == 0 || place_.j == 0) {
 #pragma unroll
-        for (int r = 0; r < R; ++r) squares_[0][r] = add_square(a[0][r], wx[r], squares_[0][r]);
-      }
-      if (kKind != kSame && place_.squares_y) {
-#pragma unroll
-        for (int r = 0; r < R; ++r)
-          squares_[1][r] =
-              add_square(a[kOther][r], WEIGHTED ? w * a[kOther][r] : a[kOther][r], squares_[1][r]);
+        for (int r = 0; r < R; ++r) {
+          const double y = a[kOther][r];
+          squares_[0][r] = add_square(a[0][r], wx[r], squares_[0][r]);
+          if (kKind != kSame) squares_[1][r] = add_square(y, WEIGHTED ? w * y : y, squares_[1][r]);
+        }
       }
     }
   }
@@ -392,38 +393,40 @@ class Tile {
 #endif
 
 // A block has split × split tiles next to each other, each with kWarps / split² streams; blocks
-// follow each other by tile, then stretch, then problem. table: as in List; y is x where
-// `symmetric` is not 0, and then only entries on the diagonal and above are summed. The stretches
-// of this launch, `here` of them, are the numbers first, first + 1, … of all. Written: sums [batch,
-// forms, m, l, parts, stretches], of S above and on the diagonal only; norms [batch, m + l,
-// stretches]: Σ |w| x², Σ |w| y² (symmetric: [batch, m, stretches]).
+// follow each other by tile, then stretch, then problem. table: as in List. The stretches of this
+// launch, `here` of them, are the numbers first, first + 1, … of all. Written:
+//   sums [batch, forms, m, l, parts, stretches]; of S, and of G where y is x, above and on the
+//   diagonal only
+//   norms [batch, m + l, stretches]: Σ |w| x², Σ |w| y² (where y is x: [batch, m, stretches])
 extern "C" __global__ void __launch_bounds__(THREADS, kBlocks)
-    tile_sums(const int64* table, int64 items, int64 m, int64 l, int64 symmetric, int64 split,
-              int64 units, int64 stretch, int64 here, int64 first, int64 stretches, double* sums,
+    tile_sums(const int64* table, int64 items, int64 m, int64 l, int64 split, int64 units,
+              int64 stretch, int64 here, int64 first, int64 stretches, double* sums,
               double* norms) {
   double* slots = reinterpret_cast<double*>(shared_memory());
   const int64 span = split * TILE, across = (l + span - 1) / span;  // blocks
   const int64 pairs = (m + span - 1) / span * across, pair = blockIdx.x % pairs;
-  const int64 place = blockIdx.x / pairs % here, problem = blockIdx.x / pairs / here;
+  const int64 place = blockIdx.x / pairs % here;
+  const int problem = static_cast<int>(blockIdx.x / pairs / here);
   const int squared = static_cast<int>(split * split), streams = kWarps / squared;
   const int warp = threadIdx.x / 32, sub = warp % squared, stream = warp / squared;
   const int64 block_i = pair / across * split, block_j = pair % across * split;  // in tiles
-  if (SELF && symmetric && block_i > block_j) return;
+  if (SYMMETRIC && block_i > block_j) return;
   const int64 i = (block_i + sub / split) * TILE, j = (block_j + sub % split) * TILE;
-  const bool below = SELF && symmetric && i > j;
-  const Place tile = {i, j, m - 1, l - 1, symmetric ? i == j : j == 0, i == 0};
+  const Place tile = {i, j, m - 1, l - 1};
   const List list = {table, items, problem, m, l};
   const int64 begin = place * stretch;
   const int64 end = begin + stretch < units ? begin + stretch : units;
   const int64 item = find_item(list.starts(), items, begin);
-  if (i < m && j < l && !below) {
+  if (i < m && j < l && !(SYMMETRIC && i > j)) {
     Tile work(tile, slots + warp * kSlots);
     const int64 unit = begin + stream;
-    if constexpr (!METRIC) {
-      if (SELF && symmetric && i == j)
-        work.run<SELF ? kSame : kPlain>(list, item, unit, end, streams);
-      else
+    if constexpr (SYMMETRIC) {
+      if (kOneTile || i == j)
+        work.run<kSame>(list, item, unit, end, streams);
+      else if constexpr (!kOneTile)
         work.run<kPlain>(list, item, unit, end, streams);
+    } else if constexpr (!METRIC) {
+      work.run<kPlain>(list, item, unit, end, streams);
     } else if (kOneTile || i == j) {
       work.run<kDiagonal>(list, item, unit, end, streams);
     } else if constexpr (!kOneTile) {
@@ -441,8 +444,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, kBlocks)
     const int64 tile_i = (block_i + which / split) * TILE,
                 tile_j = (block_j + which % split) * TILE;
     const int64 row = tile_i + r, column = tile_j + c;
-    const bool upper = form == 1 || (SELF && symmetric);
-    if (row >= m || column >= l || (upper && tile_i > tile_j)) continue;
+    if (row >= m || column >= l) continue;
+    if ((SYMMETRIC || form == 1) && tile_i > tile_j) continue;
     Sum sum;
     double plain = 0.0;
     for (int s = 0; s < streams; ++s) {
@@ -463,12 +466,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, kBlocks)
     const int r = t % TILE, of_y = t / TILE % 2, which = t / (2 * TILE);
     const int64 row = ((of_y ? block_j : block_i) + which) * TILE + r;
     if (row >= (of_y ? l : m)) continue;
-    if (of_y ? symmetric || block_i != 0 : block_j != (symmetric ? block_i : 0)) continue;
-    const int source = of_y ? which : which * split + (symmetric ? which : 0);
+    if (of_y ? SYMMETRIC || block_i != 0 : block_j != (SYMMETRIC ? block_i : 0)) continue;
+    const int source = of_y ? which : which * split + (SYMMETRIC ? which : 0);
     double total = 0.0;
     for (int s = 0; s < streams; ++s)
       total += slots[(s * squared + source) * kSlots + kSlots - 2 * TILE + of_y * TILE + r];
-    norms[(problem * (symmetric ? m : m + l) + (of_y ? m : 0) + row) * stretches + at] = total;
+    norms[(problem * (SYMMETRIC ? m : m + l) + (of_y ? m : 0) + row) * stretches + at] = total;
   }
 }
 

@@ -3,7 +3,7 @@
 // skew to the bit. Bytes read: 2·m·N·sizeof(Element) up to m = 16; operations: 2·m²·N.
 
 #define WEIGHTED 0
-#define SELF 0
+#define SYMMETRIC 0
 #include "inner_products.cuh"
 
 // Block problem·m + i, and a warp for each pair (i, j), j >= i: Ω_ij = G_ij − G_ji, its bound, S_ij

@@ -29,9 +29,9 @@ def gram(
     products = inner_products(STEM, a, b, weight)
     value = products.sums.new_empty(*batch, m, l)
     bound = value.new_empty(value.shape)
-    sizes = [m, l, int(b is None), products.sums.shape[-1], products.factor, products.underflow]
+    sizes = [m, l, products.sums.shape[-1], products.factor, products.underflow]
     args = [products.sums, products.norms, *sizes, value, bound]
     with on_device(value.device):
-        finish = finish_specialisation(STEM, products.exact)
+        finish = finish_specialisation(STEM, products.exact, b is None)
         run(STEM, finish, value.numel() // l, args, value.device)
     return value, bound

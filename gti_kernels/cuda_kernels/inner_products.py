@@ -5,6 +5,8 @@ dtype; each op adds the stretches of columns in a second one.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -27,14 +29,22 @@ class Tile(NamedTuple):
     dtype: torch.dtype
     metric: bool = False
     weighted: bool = False
+    symmetric: bool = False
 
     @classmethod
-    def of(cls, m: int, dtype: torch.dtype, metric: bool = False, weighted: bool = False) -> Tile:
+    def of(
+        cls,
+        m: int,
+        dtype: torch.dtype,
+        metric: bool = False,
+        weighted: bool = False,
+        symmetric: bool = False,
+    ) -> Tile:
         if dtype == torch.float64:
-            return cls(2 if metric or m <= 2 else 4, dtype, metric, weighted)
-        most = 32 if dtype == torch.float32 and not metric else 16
+            return cls(2 if metric or m <= 2 else 4, dtype, metric, weighted, symmetric)
+        most = 32 if dtype == torch.float32 and not metric and not weighted else 16
         rows = next(rows for rows in (4, 8, 16, most) if rows >= min(m, most))
-        return cls(rows, dtype, metric, weighted)
+        return cls(rows, dtype, metric, weighted, symmetric)
 
     @property
     def exact(self) -> bool:
@@ -48,7 +58,7 @@ class Tile(NamedTuple):
         lanes = 4 * 16 // self.dtype.itemsize
         if self.rows >= 16:
             return lanes
-        return lanes * (2 if self.metric else 4) * (8 // self.rows)
+        return lanes * (2 if self.metric or self.weighted else 4) * (8 // self.rows)
 
     def split(self, m: int) -> int:
         """A block has split × split tiles, whose warps share rows through the L1 cache."""
@@ -126,7 +136,7 @@ def inner_products(
     launches = []
     stretches = depth = 0
     for dtype, items in groups.items():
-        tile = Tile.of(larger, dtype, metric, w_ is not None)
+        tile = Tile.of(larger, dtype, metric, w_ is not None, symmetric)
         split = tile.split(larger)
         span = split * tile.rows
         pairs = -(-m // span) * -(-l // span)
@@ -154,7 +164,7 @@ def inner_products(
     with on_device(device):
         for tile, split, pairs, items, starts, stretch, here, first in launches:
             rows = (*zip(*items, strict=True), tuple(starts))
-            sizes = [len(items), m, l, int(symmetric), split, starts[-1], stretch, here, first]
+            sizes = [len(items), m, l, split, starts[-1], stretch, here, first]
             args = [device_table(rows, device), *sizes, stretches, sums, norms]
             blocks = pairs * here * problems
             run(stem, specialisation(stem, tile), blocks, args, device, tile.shared_bytes)
@@ -167,25 +177,30 @@ def inner_products(
 
 
 def specialisation(stem: str, tile: Tile) -> Specialisation:
-    """`tile_sums` of a source; gram's is for one form and any weights, two_form's the other way."""
-    option = {"WEIGHTED": tile.weighted} if stem == "gram" else {"METRIC": tile.metric}
-    return ragged.specialisation("tile_sums", tile.dtype, TILE=tile.rows, **option)
+    """`tile_sums` of a source, which sets the macros of the other itself."""
+    options = {"METRIC": tile.metric}
+    if stem == "gram":
+        options = {"WEIGHTED": tile.weighted, "SYMMETRIC": tile.symmetric}
+    return ragged.specialisation("tile_sums", tile.dtype, TILE=tile.rows, **options)
 
 
-def finish_specialisation(stem: str, exact: bool) -> Specialisation:
+def finish_specialisation(stem: str, exact: bool, symmetric: bool = False) -> Specialisation:
     """The kernel that adds the stretches: for plain sums or compensated ones."""
     dtype = torch.float64 if exact else torch.float32
-    option = "WEIGHTED" if stem == "gram" else "METRIC"
-    return ragged.specialisation("finish", dtype, TILE=4, **{option: False})
+    tile = Tile(4, dtype, symmetric=symmetric)
+    return replace(specialisation(stem, tile), entry="finish")
 
 
 def specialisations(stem: str) -> tuple[Specialisation, ...]:
     """All that a source is asked for."""
+    no, both = (False,), (False, True)
+    options = product(no, both, both) if stem == "gram" else product(both, no, no)
     tiles = dict.fromkeys(
-        Tile.of(m, dtype, **{"weighted" if stem == "gram" else "metric": option})
-        for dtype in ragged.ELEMENT
-        for option in (False, True)
-        for m in (2, 4, 8, 16, 32)
+        Tile.of(m, dtype, *of)
+        for of, dtype, m in product(options, ragged.ELEMENT, (2, 4, 8, 16, 32))
     )
-    finish = (finish_specialisation(stem, exact) for exact in (False, True))
-    return (*(specialisation(stem, tile) for tile in tiles), *finish)
+    ends = product(both, both if stem == "gram" else no)
+    return (
+        *(specialisation(stem, tile) for tile in tiles),
+        *(finish_specialisation(stem, *of) for of in ends),
+    )
