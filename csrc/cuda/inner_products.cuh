@@ -409,9 +409,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, kBlocks)
   const int problem = static_cast<int>(blockIdx.x / pairs / here);
   const int squared = static_cast<int>(split * split), streams = kWarps / squared;
   const int warp = threadIdx.x / 32, sub = warp % squared, stream = warp / squared;
-  const int64 block_i = pair / across * split, block_j = pair % across * split;  // in tiles
+  // In tiles; of a TILE below 16 the launcher makes one.
+  const int64 block_i = kOneTile ? 0 : pair / across * split;
+  const int64 block_j = kOneTile ? 0 : pair % across * split;
   if (SYMMETRIC && block_i > block_j) return;
-  const int64 i = (block_i + sub / split) * TILE, j = (block_j + sub % split) * TILE;
+  const int64 i = kOneTile ? 0 : (block_i + sub / split) * TILE;
+  const int64 j = kOneTile ? 0 : (block_j + sub % split) * TILE;
   const Place tile = {i, j, m - 1, l - 1};
   const List list = {table, items, problem, m, l};
   const int64 begin = place * stretch;
