@@ -217,10 +217,10 @@ def test_sizes_of_the_launcher_are_those_of_the_source(stem):
             continue
         macros = dict(spec.defines)
         dtype = {v: k for k, v in ragged.ELEMENT.items()}[macros["ELEMENT"]]
-        options = (bool(macros.get(name)) for name in ("METRIC", "WEIGHTED", "SYMMETRIC"))
+        options = (bool(macros.get(name)) for name in ("METRIC", "WEIGHTED", "SYMMETRIC", "PAIRS"))
         tile = inner_products.Tile(macros["TILE"], dtype, *options)
         assert inner_products.specialisation(stem, tile) == spec
-        assert inner_products.FLUSH % tile.columns == 0 or tile.exact
+        assert inner_products.FLUSH % tile.columns == 0 or tile.by_lane
         assert tile.shared_bytes <= 100_000
 
 

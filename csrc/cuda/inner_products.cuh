@@ -17,9 +17,14 @@
 // fp64 elements: a product's error comes from an fma, that of a sum from TwoSum (Dot2: Ogita, Rump,
 // Oishi 2005). Lanes own columns. 17 operations a product: bound by fp64 arithmetic above m = 2.
 //
+// PAIRS: elements up to fp32 on devices with next to no fp64, whose products are summed in pairs of
+// fp32 numbers. Lanes own columns; 16 fp32 operations a product, in place of one in fp64 at 1/64 of
+// their rate.
+//
 // Macros: ELEMENT; TILE, rows of a tile: 4 (two halves of the columns in one instruction), 8, 16,
-// 32, or for fp64 2, 4; METRIC: x_i·x_j + y_i·y_j too; WEIGHTED; SYMMETRIC: y is x; THREADS. The
-// registers limit 32 to fp32 without METRIC, and 4 for fp64 to no METRIC.
+// 32, or for fp64 and PAIRS 2, 4; METRIC: x_i·x_j + y_i·y_j too; WEIGHTED; SYMMETRIC: y is x;
+// PAIRS, not with WEIGHTED; THREADS. The registers limit 32 to fp32 without METRIC, and 4 for fp64
+// to no METRIC.
 #pragma once
 
 #include "ragged.cuh"
@@ -39,16 +44,31 @@ __device__ __forceinline__ void mma(double (&c)[2], double a, double b) {
 }
 #endif
 
+__device__ __forceinline__ double add_rn(double a, double b) { return __dadd_rn(a, b); }
+__device__ __forceinline__ float add_rn(float a, float b) { return __fadd_rn(a, b); }
+
+// sum += x; what the rounding lost. Knuth's TwoSum, written so that nothing is contracted.
+template <class T>
+__device__ __forceinline__ T two_sum(T& sum, T x) {
+  const T total = add_rn(sum, x), back = add_rn(total, -sum);
+  const T lost = add_rn(add_rn(sum, -add_rn(total, -back)), add_rn(x, -back));
+  sum = total;
+  return lost;
+}
+
+__device__ __forceinline__ double add_lanes(double x) {
+#pragma unroll
+  for (int o = 16; o > 0; o /= 2) x += __shfl_xor_sync(kAll, x, o);
+  return x;
+}
+
 // A sum and the part that its rounding lost.
 struct Sum {
   double high = 0.0, low = 0.0;
 
-  // Knuth's TwoSum. Written so that nothing is contracted.
   __device__ __forceinline__ void add(double x, double x_low) {
-    const double total = __dadd_rn(high, x), back = __dadd_rn(total, -high);
-    const double lost = __dadd_rn(__dadd_rn(high, -__dadd_rn(total, -back)), __dadd_rn(x, -back));
+    const double lost = two_sum(high, x);
     low = __dadd_rn(__dadd_rn(low, x_low), lost);
-    high = total;
   }
   __device__ __forceinline__ void add_product(double a, double b) {
     const double product = __dmul_rn(a, b);
@@ -68,6 +88,38 @@ struct Sum {
     }
   }
 };
+
+#if PAIRS
+// A sum of products of fp32 numbers in a pair of them, which fp64 sums take in now and then.
+//
+// One product x = a b, u = 2^-24: it is p + e without error (barring underflow, which loses at most
+// 2^-150). The pair S = s + l, |l| <= u|s|, and x give TwoSum(s, p) = s' + t exactly, then
+// fl(l + e), wrong by u(|l| + |e|) <= u²(|S| + |x|), then fl(t + that), wrong by at most
+// u(u|s'| + u(|S| + |x|)) <= 2u²(|S| + |x|), both but for factors 1 + O(u); TwoSum then makes a
+// pair again. With |S| at most the sum of the |x| before, K products lose at most
+// 3u²((K - 1) + 2) Σ|x| = (3K + 3)u² Σ|x|; 3K + 6 has room for the factors and for norms.
+struct PairSum {
+  static constexpr int kProducts = 32;  // K
+  float sum = 0.0f, rest = 0.0f;
+  double high = 0.0;
+  static constexpr double low = 0.0;
+
+  __device__ __forceinline__ void add_product(float a, float b) {
+    const float product = __fmul_rn(a, b), error = fmaf(a, b, -product);
+    const float lost = two_sum(sum, product);
+    rest = two_sum(sum, __fadd_rn(lost, __fadd_rn(rest, error)));
+  }
+  __device__ __forceinline__ void flush() {
+    high += sum;
+    high += rest;
+    sum = rest = 0.0f;
+  }
+  __device__ __forceinline__ void add_lanes() {
+    flush();
+    high = ::add_lanes(high);
+  }
+};
+#endif
 
 // sum + |w| x², wx the rounded product. In this order: w x is in range where w x² need not be.
 __device__ __forceinline__ double add_square(double x, double wx, double sum) {
@@ -117,11 +169,11 @@ constexpr int kSetsOf = kKind == kSame   ? 1
                         : kKind == kFull ? 4
                                          : 2;
 
-#if ELEMENT != 0
+#if ELEMENT != 0 && !PAIRS
 
 constexpr int R = TILE < 8 ? 1 : TILE / 8;  // instructions across a tile
 constexpr int kFold = TILE < 8 ? 2 : 1;     // halves of the columns
-constexpr int kSteps = R > 1 ? 1 : METRIC || WEIGHTED ? 2 : 4;
+constexpr int kSteps = R > 1 ? 1 : METRIC || WEIGHTED || (V == 8 && !SYMMETRIC) ? 2 : 4;
 constexpr bool kOneTile = R == 1;
 constexpr int kUnit = kSteps * kFold * 4 * V;  // columns
 // On a multiprocessor at once, as registers allow.
@@ -290,6 +342,13 @@ constexpr int kBlocks = 1;
 constexpr int kUnit = 32 * kSteps;                           // columns
 constexpr int kSlots = kForms * TILE * TILE * 2 + 2 * TILE;  // numbers of a warp in shared memory
 
+#if PAIRS
+constexpr int kFlush = PairSum::kProducts / (kSteps * kForms);  // units
+typedef PairSum LaneSum;
+#else
+typedef Sum LaneSum;
+#endif
+
 class Tile {
  public:
   __device__ __forceinline__ Tile(const Place& place, double* slots)
@@ -300,15 +359,16 @@ class Tile {
                                       int streams) {
     constexpr int kSets = kSetsOf<kKind>, kOther = kKind == kSame ? 0 : 1;
     Columns at = columns_of(list, item);
+    [[maybe_unused]] int since = 0;
 #pragma unroll 1
     for (; unit < last; unit += streams) {
       while (at.end <= unit) at = columns_of(list, ++item);
-      double x[kSets][kSteps][TILE], weights[kSteps];
+      C x[kSets][kSteps][TILE], weights[kSteps];
       if (WEIGHTED) {
 #pragma unroll
         for (int k = 0; k < kSteps; ++k) {
           const int64 column = (unit - at.first) * kUnit + k * 32 + lane_;
-          weights[k] = column < at.count ? at.w[column] : 0.0;
+          weights[k] = column < at.count ? widen(at.w[column]) : C(0);
         }
       }
 #pragma unroll
@@ -322,44 +382,56 @@ class Tile {
 #pragma unroll
           for (int k = 0; k < kSteps; ++k) {
             const int64 column = (unit - at.first) * kUnit + k * 32 + lane_;
-            x[s][k][r] = column < at.count ? from[column] : 0.0;
+            x[s][k][r] = column < at.count ? widen(from[column]) : C(0);
           }
         }
 #pragma unroll
       for (int k = 0; k < kSteps; ++k) {
+#if WEIGHTED
         double wx[TILE], wx_low[TILE];
 #pragma unroll
         for (int r = 0; r < TILE; ++r) {
-          wx[r] = WEIGHTED ? __dmul_rn(x[0][k][r], weights[k]) : x[0][k][r];
-          if (WEIGHTED) wx_low[r] = fma(x[0][k][r], weights[k], -wx[r]);
+          wx[r] = __dmul_rn(x[0][k][r], weights[k]);
+          wx_low[r] = fma(x[0][k][r], weights[k], -wx[r]);
         }
+#endif
 #pragma unroll
         for (int r = 0; r < TILE; ++r)
 #pragma unroll
           for (int c = 0; c < TILE; ++c) {
-            if (WEIGHTED)
-              sums_[0][r][c].add_product(wx[r], wx_low[r], x[kOther][k][c]);
-            else
-              sums_[0][r][c].add_product(wx[r], x[kOther][k][c]);
+#if WEIGHTED
+            sums_[0][r][c].add_product(wx[r], wx_low[r], x[kOther][k][c]);
+#else
+            sums_[0][r][c].add_product(x[0][k][r], x[kOther][k][c]);
+#endif
             if (kKind == kDiagonal || kKind == kFull) {
-              Sum& sum = sums_[kForms - 1][r][c];
+              LaneSum& sum = sums_[kForms - 1][r][c];
               sum.add_product(x[0][k][r], x[kKind == kFull ? 2 : 0][k][c]);
               sum.add_product(x[kKind == kFull ? 3 : 1][k][r], x[1][k][c]);
             }
           }
+        if (kKind == kSame || place_.i == 0 || place_.j == 0) {
 #pragma unroll
-        for (int r = 0; r < TILE; ++r) {
-          squares_[0][r] = add_square(x[0][k][r], wx[r], squares_[0][r]);
-          if (kKind != kSame) {
-            const double y = x[kOther][k][r];
-            squares_[1][r] = add_square(y, WEIGHTED ? weights[k] * y : y, squares_[1][r]);
+          for (int r = 0; r < TILE; ++r) {
+            add_square(0, r, x[0][k][r], weights[k]);
+            if (kKind != kSame) add_square(1, r, x[kOther][k][r], weights[k]);
           }
         }
       }
+#if PAIRS
+      if (++since == kFlush) {
+        since = 0;
+#pragma unroll
+        for (int a = 0; a < kForms * TILE * TILE; ++a)
+          sums_[a / (TILE * TILE)][a / TILE % TILE][a % TILE].flush();
+#pragma unroll
+        for (int a = 0; a < 2 * TILE; ++a) squares_[a / TILE][a % TILE].flush();
+      }
+#endif
     }
 #pragma unroll
     for (int a = 0; a < kForms * TILE * TILE; ++a) {
-      Sum& sum = sums_[a / (TILE * TILE)][a / TILE % TILE][a % TILE];
+      LaneSum& sum = sums_[a / (TILE * TILE)][a / TILE % TILE][a % TILE];
       sum.add_lanes();
       if (lane_ == 0) {
         slots_[2 * a] = sum.high;
@@ -370,9 +442,12 @@ class Tile {
     for (int r = 0; r < TILE; ++r)
 #pragma unroll
       for (int s = 0; s < 2; ++s) {
-        double x = squares_[s][r];
-#pragma unroll
-        for (int o = 16; o > 0; o /= 2) x += __shfl_xor_sync(kAll, x, o);
+#if PAIRS
+        squares_[s][r].add_lanes();
+        const double x = squares_[s][r].high;
+#else
+        const double x = add_lanes(squares_[s][r]);
+#endif
         if (lane_ == 0) slots_[kSlots - 2 * TILE + s * TILE + r] = x;
       }
   }
@@ -383,11 +458,23 @@ class Tile {
   }
 
  private:
+  __device__ __forceinline__ void add_square(int side, int r, C x, C w) {
+#if PAIRS
+    squares_[side][r].add_product(x, x);
+#else
+    squares_[side][r] = ::add_square(x, WEIGHTED ? w * x : x, squares_[side][r]);
+#endif
+  }
+
   Place place_;
   int lane_;
   double* slots_;
-  Sum sums_[kForms][TILE][TILE];
+  LaneSum sums_[kForms][TILE][TILE];
+#if PAIRS
+  PairSum squares_[2][TILE];
+#else
   double squares_[2][TILE] = {};
+#endif
 };
 
 #endif

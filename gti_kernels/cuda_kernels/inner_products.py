@@ -20,6 +20,14 @@ from .ragged import run
 UNIT = 2.0**-53  # fp64 unit roundoff
 BLOCKS = 4096  # aimed at; no property of the device, so that no bit of a result depends on it
 FLUSH = 512  # columns that one accumulator of the tensor cores takes in
+PAIR_PRODUCTS = 32  # that a pair of fp32 numbers takes in
+#: Compute capabilities with 1/64 of the rate of fp32 in fp64
+SCARCE_FP64 = ((8, 6), (8, 9), (12, 0))
+
+
+def scarce_fp64(device: torch.device) -> bool:
+    """Whether sums of products up to fp32 go through pairs of fp32 numbers on this device."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) in SCARCE_FP64
 
 
 class Tile(NamedTuple):
@@ -30,6 +38,7 @@ class Tile(NamedTuple):
     metric: bool = False
     weighted: bool = False
     symmetric: bool = False
+    pairs: bool = False
 
     @classmethod
     def of(
@@ -39,9 +48,10 @@ class Tile(NamedTuple):
         metric: bool = False,
         weighted: bool = False,
         symmetric: bool = False,
+        pairs: bool = False,
     ) -> Tile:
-        if dtype == torch.float64:
-            return cls(2 if metric or m <= 2 else 4, dtype, metric, weighted, symmetric)
+        if dtype == torch.float64 or pairs:
+            return cls(2 if metric or m <= 2 else 4, dtype, metric, weighted, symmetric, pairs)
         most = 32 if dtype == torch.float32 and not metric and not weighted else 16
         rows = next(rows for rows in (4, 8, 16, most) if rows >= min(m, most))
         return cls(rows, dtype, metric, weighted, symmetric)
@@ -51,14 +61,20 @@ class Tile(NamedTuple):
         return self.dtype == torch.float64
 
     @property
+    def by_lane(self) -> bool:
+        """Lanes own columns; no tensor cores."""
+        return self.exact or self.pairs
+
+    @property
     def columns(self) -> int:
         """Of a unit, the least that a warp takes."""
-        if self.exact:
+        if self.by_lane:
             return 32 if self.metric else 64
         lanes = 4 * 16 // self.dtype.itemsize
         if self.rows >= 16:
             return lanes
-        return lanes * (2 if self.metric or self.weighted else 4) * (8 // self.rows)
+        few = self.metric or self.weighted or (self.dtype.itemsize == 2 and not self.symmetric)
+        return lanes * (2 if few else 4) * (8 // self.rows)
 
     def split(self, m: int) -> int:
         """A block has split × split tiles, whose warps share rows through the L1 cache."""
@@ -68,7 +84,7 @@ class Tile(NamedTuple):
     def shared_bytes(self) -> int:
         """Of a block."""
         forms = 2 if self.metric else 1
-        sums = 2 * self.rows**2 if self.exact else 64 * max(1, self.rows // 8) ** 2
+        sums = 2 * self.rows**2 if self.by_lane else 64 * max(1, self.rows // 8) ** 2
         return ragged.THREADS // 32 * 8 * (forms * sums + 2 * self.rows)
 
 
@@ -117,7 +133,9 @@ def inner_products(
     with TwoSum: beside u|value| for its last rounding it loses terms of order u² only. For fp64
     elements every sum is compensated, and with h additions in all 4(h + 2)²u² Σ|x| is left. As in
     Triton's `inner_products`, which has the proof, the factors leave room for the rounding of the
-    norms.
+    norms. On a device with next to no fp64 sums without weights are of pairs of fp32 numbers:
+    (3·32 + 6)·2⁻⁴⁸ Σ|x| is lost in a pair, as the source derives, and 2⁻¹⁵⁰ for each product that
+    underflows in fp32; one that overflows there makes its entry NaN.
     """
     x_, y_, w_ = widest(x, y, weight)
     assert x_ is not None
@@ -126,6 +144,8 @@ def inner_products(
     ys = x_ if y_ is None else y_
     problems, l = batch[0] if batch else 1, ys[0].shape[-2]
     larger = max(m, l)
+    exact = any(t.dtype == torch.float64 for t in x_)
+    pairwise = not exact and w_ is None and scarce_fp64(device)
     groups: dict[torch.dtype, list[tuple[int, ...]]] = {}
     for i, (x_t, y_t) in enumerate(zip(x_, ys, strict=True)):
         if x_t.numel():
@@ -136,7 +156,7 @@ def inner_products(
     launches = []
     stretches = depth = 0
     for dtype, items in groups.items():
-        tile = Tile.of(larger, dtype, metric, w_ is not None, symmetric)
+        tile = Tile.of(larger, dtype, metric, w_ is not None, symmetric, pairwise)
         split = tile.split(larger)
         span = split * tile.rows
         pairs = -(-m // span) * -(-l // span)
@@ -150,10 +170,11 @@ def inner_products(
         # 17: the sum of warps and of halves; 37: the sum of lanes and of warps, the last kernel's.
         if tile.exact:
             depth = max(depth, units * tile.columns // 32 + 37)
+        elif tile.pairs:
+            depth = max(depth, 2 * (units * tile.columns // 32 // PAIR_PRODUCTS + 1) + 37)
         else:
             columns = units * tile.columns
             depth = max(depth, min(FLUSH, columns) + -(-columns // FLUSH) + 17)
-    exact = torch.float64 in groups
     length = sum(row[3] for items in groups.values() for row in items)
 
     def new(*size: int) -> Tensor:
@@ -171,6 +192,9 @@ def inner_products(
     if exact:
         depth += -(-stretches // 32)
         factor, underflow = 4 * ((depth + 2) * UNIT) ** 2, 4 * length * 2.0**-1074
+    elif pairwise:
+        factor = (3 * PAIR_PRODUCTS + 6) * 2.0**-48 + (depth + 2) * UNIT
+        underflow = 4 * length * 2.0**-149
     else:
         factor, underflow = (depth + 2) * UNIT, 0.0
     return Sums(sums, norms, exact, factor, underflow)
@@ -181,6 +205,7 @@ def specialisation(stem: str, tile: Tile) -> Specialisation:
     options = {"METRIC": tile.metric}
     if stem == "gram":
         options = {"WEIGHTED": tile.weighted, "SYMMETRIC": tile.symmetric}
+    options["PAIRS"] = tile.pairs
     return ragged.specialisation("tile_sums", tile.dtype, TILE=tile.rows, **options)
 
 
@@ -193,14 +218,16 @@ def finish_specialisation(stem: str, exact: bool, symmetric: bool = False) -> Sp
 
 def specialisations(stem: str) -> tuple[Specialisation, ...]:
     """All that a source is asked for."""
-    no, both = (False,), (False, True)
-    options = product(no, both, both) if stem == "gram" else product(both, no, no)
+    gram, no, both = stem == "gram", (False,), (False, True)
+    symmetric = both if gram else no
     tiles = dict.fromkeys(
-        Tile.of(m, dtype, *of)
-        for of, dtype, m in product(options, ragged.ELEMENT, (2, 4, 8, 16, 32))
+        Tile.of(m, dtype, *options)
+        for *options, dtype, m in product(
+            no if gram else both, symmetric, symmetric, both, ragged.ELEMENT, (2, 4, 8, 16, 32)
+        )
+        if not options[-1] or (dtype != torch.float64 and not options[1])
     )
-    ends = product(both, both if stem == "gram" else no)
     return (
         *(specialisation(stem, tile) for tile in tiles),
-        *(finish_specialisation(stem, *of) for of in ends),
+        *(finish_specialisation(stem, *of) for of in product(both, symmetric)),
     )
