@@ -97,7 +97,7 @@ struct Sum {
 // fl(l + e), wrong by u(|l| + |e|) <= u²(|S| + |x|), then fl(t + that), wrong by at most
 // u(u|s'| + u(|S| + |x|)) <= 2u²(|S| + |x|), both but for factors 1 + O(u); TwoSum then makes a
 // pair again. With |S| at most the sum of the |x| before, K products lose at most
-// 3u²((K - 1) + 2) Σ|x| = (3K + 3)u² Σ|x|; 3K + 6 has room for the factors and for norms.
+// 3u²((K - 1) + 1) Σ|x| = 3K u² Σ|x|; the launcher's 3K + 6 has room for the factors and the norms.
 struct PairSum {
   static constexpr int kProducts = 32;  // K
   float sum = 0.0f, rest = 0.0f;

@@ -171,7 +171,8 @@ def inner_products(
         if tile.exact:
             depth = max(depth, units * tile.columns // 32 + 37)
         elif tile.pairs:
-            depth = max(depth, 2 * (units * tile.columns // 32 // PAIR_PRODUCTS + 1) + 37)
+            flushes = units * tile.columns * (1 + metric) // 32 // PAIR_PRODUCTS + 1
+            depth = max(depth, 2 * flushes + 37)
         else:
             columns = units * tile.columns
             depth = max(depth, min(FLUSH, columns) + -(-columns // FLUSH) + 17)

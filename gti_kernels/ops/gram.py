@@ -43,7 +43,8 @@ def gram(
         compensated (Dot2; Ogita, Rump, Oishi 2005). error_bound holds for the inputs as they are
         unless w·a over- or underflows: roughly 6e-14·s_i t_j up to fp32 and u·|G_ij| + 1e-20·s_i
         t_j for fp64 (N up to 1e8), with s_i² = Σ_c |w_c| a_ic² and t_j² = Σ_c |w_c| b_jc². A NaN in
-        vector i of a makes row i NaN, one in b a column, the rest is right.
+        vector i of a makes row i NaN, one in b a column, the rest is right. Without weights, a GPU
+        with next to no fp64 sums as in `two_form`.
 
     Raises:
         TypeError, ValueError: the argument, what was expected, what came. RuntimeError: a

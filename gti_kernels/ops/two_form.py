@@ -46,7 +46,9 @@ def two_form(
         where they are summed; for fp64 elements products and sums are compensated (Dot2; Ogita,
         Rump, Oishi 2005, "Accurate Sum and Dot Product"). error_bound holds for the inputs as they
         are, roughly 6e-14·‖z_i‖‖z_j‖ up to fp32 and u·|Ω_ij| + 1e-20·‖z_i‖‖z_j‖ for fp64 (N up to
-        1e8). A NaN in vector i makes row and column i NaN, the rest is right.
+        1e8). A NaN in vector i makes row and column i NaN, the rest is right. Where a GPU has next
+        to no fp64 (compute capability 8.6, 8.9, 12.0), "cuda" sums products up to fp32 in pairs of
+        fp32 numbers: roughly 4e-13·‖z_i‖‖z_j‖, and NaN where a product exceeds 3e38.
 
     Raises:
         TypeError, ValueError: the argument, what was expected, what came. RuntimeError: a

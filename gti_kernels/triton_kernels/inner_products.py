@@ -70,9 +70,11 @@ def tile_kernel(
     EXACT: each is a high part and a low part.
     """
     # The tile is fastest: programs that read the same coordinates run together.
-    problem = (tl.program_id(0) // (down * across)).to(tl.int64)
-    tile = tl.program_id(0) % (down * across)
-    place = tl.program_id(1).to(tl.int64)
+    program = tl.program_id(0).to(tl.int64)
+    here = (blocks + stretch - 1) // stretch
+    tile = (program % (down * across)).to(tl.int32)
+    place = program // (down * across) % here
+    problem = program // (down * across) // here
     tile_i = tile // across
     tile_j = tile % across
     row_i = tile_i * T + tl.arange(0, T)
@@ -324,7 +326,7 @@ def inner_products(
     with on_device(device):
         for (dtype, w_dtype), items, starts, stretch, first in launches:
             table = (*zip(*items, strict=True), tuple(starts))
-            tile_kernel[(problems * down * across, triton.cdiv(starts[-1], stretch))](
+            tile_kernel[(problems * down * across * triton.cdiv(starts[-1], stretch),)](
                 device_table(table, device),
                 len(items),
                 sums,
