@@ -158,6 +158,18 @@ def _roof(device: str, m: int, n: int) -> Work:
     return Work(work.op, {"fp64 matmul, same operations": lambda: a @ a}, work.bytes_moved)
 
 
+def _gram(device: str, m: int, n: int) -> Work:
+    """gram with weights beside the product in fp32."""
+    generator = torch.Generator(device).manual_seed(0)
+    a = torch.randn(m, n, generator=generator, device=device)
+    w = torch.rand(n, generator=generator, device=device)
+    return Work(
+        op=lambda: gti.gram(a, weight=w),
+        peers={"naive fp32": lambda: (a * w) @ a.T},
+        bytes_moved=(a.numel() + n) * 4,
+    )
+
+
 def gpu_cases() -> list[Case]:
     """The lines, in order."""
     out = []
@@ -278,6 +290,16 @@ def gpu_cases() -> list[Case]:
             "float32",
             lambda device: _roof(device, 64, 10**7),
             {"fp64 matmul, same operations": 2 / 3},
+        )
+    )
+    out.append(
+        Case(
+            "gram",
+            "weighted, fp64 accumulation",
+            "m = 8, N = 100 M",
+            "float32",
+            lambda device: _gram(device, 8, 10**8),
+            least_share=0.85,
         )
     )
     return out
