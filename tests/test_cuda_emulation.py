@@ -50,14 +50,9 @@ def emulated(monkeypatch):
 
 
 def forced(team, size, mode):
-    def choose(m, n, dtype, limits):
-        used = cuda._team_for(m, size) if team == GRID else size
-        if mode == ON_CHIP:
-            place = cuda._on_chip(m, n, dtype, team, used, limits)
-        elif mode == STAGED:
-            place = cuda._staged(m, n, dtype, used, limits)
-        else:
-            place = cuda._wide(m, n, dtype, used)
+    def choose(one, limits, _):
+        used = cuda._team_for(one.m, size) if team == GRID else size
+        place = cuda._place(one, mode, team, used, limits)
         assert place is not None
         return team, size, place
 
@@ -115,13 +110,8 @@ def test_every_ring_of_panels(emulated, monkeypatch, rows, stages):
     """As with shared memory of other sizes; several panels a block, the last one not whole."""
     emulated("staged")
 
-    def choose(m, n, dtype, limits):
-        groups = cuda._sizes(m, n, dtype, 2).groups
-        before = cuda._before_w(m, n, dtype, GRID, 2)
-        shared = before + rows * stages * groups * cuda._sizes(m, n, dtype, 2).padded * 2
-        return GRID, 2, cuda.Place(2, STAGED, rows, stages, shared, cuda._shown(n, dtype))
-
-    monkeypatch.setattr(cuda, "_choose", choose)
+    monkeypatch.setattr(cuda, "_choose", forced(GRID, 2, STAGED))
+    monkeypatch.setattr(cuda, "_rings", lambda *_: [(rows, stages)])
     ws = [normal(m, n, torch.bfloat16, m) for m, n in ((90, 600), (131, 132), (3, 520))]
     got = run(ws, max_steps=6, tol=0.0)
     exact = gti.power_iteration([w.double() for w in ws], max_steps=6, tol=0.0, backend="reference")
@@ -265,7 +255,7 @@ def test_plan_for_a_large_device():
     limits = cuda.Limits(shared_bytes=232_448, blocks=132, cluster=16)
 
     def where(m, n, dtype=torch.bfloat16, limits=limits):
-        team, size, place = cuda._choose(m, n, dtype, limits)
+        team, size, place = cuda._choose(cuda.Problem(m, n, dtype), limits, None)
         assert place.shared_bytes <= limits.shared_bytes
         return team, size, place.mode
 
@@ -280,13 +270,6 @@ def test_plan_for_a_large_device():
     launches = cuda.plan(((2, 64, 576), (1, 4096, 4096), (1, 768, 768)), torch.bfloat16, limits)
     assert sorted(one.team for one in launches) == [BLOCK, CLUSTER, GRID]
     assert sorted(i for one in launches for i in one.matrices) == [0, 1, 2, 3]
-
-
-def test_k_above_one_is_refused():
-    _, limits = gti.ops.power_iteration.limits_of_power_iteration(torch.ones(3, 3), k=2)
-    assert "at most 1" in limits["cuda"]
-    with pytest.raises(ValueError, match="k = 1"):
-        cuda.power_iteration([torch.ones(1, 3, 3)], 2, "cg", 5, 0.0, None, 0)
 
 
 # ---- what the emulation finds -------------------------------------------------------------------

@@ -39,7 +39,12 @@
 #define THREADS 256
 #endif
 
+#include "power_iteration_pass.cuh"
+#if SUBSPACE
+#include "power_iteration_subspace.cuh"
+#else
 #include "power_iteration_step.cuh"
+#endif
 
 // The blocks b·size … b·size + size − 1 are team b, which takes the items b, b + teams, …; the last
 // blocks, if size does not divide the grid, have nothing to do.
@@ -49,13 +54,14 @@
 // for each block its slots, its share [np], and if wide: z [groups, np] in place of the share,
 // vectors.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    power_iteration(const Item* items, int64 count, int64 size, int64 power, int64 max_steps,
-                    double tol, int64 seed, const C* start, unsigned char* memory, int64 team_bytes,
+    power_iteration(const Item* items, int64 count, int64 size, int64 k, int64 power,
+                    int64 max_steps, double tol, int64 seed, const C* start, unsigned char* memory, int64 team_bytes,
                     int64 x_bytes, int64 region_bytes,
                     unsigned* counters,  // TEAM 2: [items + teams], zero
                     C* u, C* v, double* sigma, double* residual, double* upper, int64* steps,
                     unsigned char* converged) {
-  const Settings set = {power != 0, max_steps, tol, static_cast<uint64>(seed), start};
+  const Settings set = {static_cast<int>(k), power != 0, max_steps, tol,
+                        static_cast<uint64>(seed), start};
   const Results out = {u, v, sigma, residual, upper, steps, converged};
   const int teams = gridDim.x / static_cast<int>(size),
             number = blockIdx.x / static_cast<int>(size);
@@ -71,7 +77,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
 #pragma unroll 1
   for (int64 index = number; index < count; index += teams) {
     Work& p = control()->work;
-    if (threadIdx.x == 0) lay_out(all, items[index], p);
+    if (threadIdx.x == 0) lay_out(all, items[index], set, p);
     __syncthreads();
     if (p.rank < p.size) {
       Team team = all;

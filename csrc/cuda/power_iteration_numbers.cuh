@@ -8,7 +8,7 @@ constexpr int kWarps = THREADS / 32;
 constexpr double kEpsilon = sizeof(C) == 8 ? 0x1p-52 : 0x1p-23;
 constexpr int kLargestExponent = sizeof(C) == 8 ? 1022 : 126;  // 2^± of it is a normal number of C
 // Row sums of |W| in 2^± of it: no square or product of what is computed leaves the range of C.
-constexpr int kSafeExponent = sizeof(C) == 8 ? 200 : 20;
+constexpr int kSafeExponent = sizeof(C) == 8 && !SUBSPACE ? 200 : 20;
 
 // ---- what differs between a GPU and the emulation ----------------------------------------------
 

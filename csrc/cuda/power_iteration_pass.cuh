@@ -206,10 +206,11 @@ __device__ __forceinline__ void pass(const Work& p, bool backwards, C* y, Measur
   }
 }
 
-// The sum of the shares in the block's slice, handed to use(j, sum), each column to one thread. All
+// The sum over the team of a share [np], in the block's slice, handed to use(j, sum), each column to one thread. All
 // threads of the block call it.
 template <class Use>
-__device__ __forceinline__ void sum_shares(const Team& team, const Work& p, const Use& use) {
+__device__ __forceinline__ void sum_shares(const Team& team, const Work& p, C* share,
+                                           const Use& use) {
   // A slice is narrow where the team is large: several threads share a column then.
   int width = 8;
   while (width < THREADS && width < p.count) width *= 2;
@@ -222,7 +223,7 @@ __device__ __forceinline__ void sum_shares(const Team& team, const Work& p, cons
     C sum = 0;
     if (j < p.count)
 #pragma unroll 4
-      for (int of = group; of < p.size; of += groups) sum += team.other(p.share, of)[p.first + j];
+      for (int of = group; of < p.size; of += groups) sum += team.other(share, of)[p.first + j];
     if (groups > 1) {
       __syncthreads();
       parts[threadIdx.x] = sum;
@@ -231,5 +232,43 @@ __device__ __forceinline__ void sum_shares(const Team& team, const Work& p, cons
         for (int g = 1; g < groups && g < p.size; ++g) sum += parts[g * width + column];
     }
     if (group == 0 && j < p.count) use(j, sum);
+  }
+}
+
+// The norms of W, and a scale that keeps squares in the range of C. sweep(measures) looks at all of
+// the block's rows and leaves their column sums of |W| in `columns`, [np]. Returns false where W
+// holds a NaN or an infinity.
+template <class Sweep>
+__device__ __forceinline__ bool measure(Team& team, Work& p, C* columns, const Sweep& sweep) {
+  for (bool again = false;; again = true) {
+    Measures measures;
+    sweep(measures);
+    double most[3] = {measures.row, measures.largest, measures.nan ? 1.0 : 0.0};
+    team.reduce<3, true>(most);
+    if (most[2] > 0.0 || !is_finite(most[1])) return false;
+    const int size = exponent(most[0]);
+    const bool safe = most[0] == 0.0 || (size <= kSafeExponent && size >= -kSafeExponent);
+    if (!safe && !again) {
+      // Half of the scale on either side of a product with W: not even the product can overflow.
+      int e = exponent(most[1]);
+      e = e < -kLargestExponent ? -kLargestExponent : e;
+      if (threadIdx.x == 0) {
+        p.down = static_cast<C>(power_of_two(-(e / 2)));
+        p.up = static_cast<C>(power_of_two(-(e - e / 2)));
+      }
+      __syncthreads();
+      continue;
+    }
+    double column[1] = {0.0}, squares[1] = {measures.squares};
+    sum_shares(team, p, columns,
+               [&](int64, C sum) { column[0] = larger(column[0], static_cast<double>(sum)); });
+    team.reduce<1, true>(column);
+    team.reduce(squares);
+    const double one_inf = sqrt(column[0]) * sqrt(most[0]), frobenius = sqrt(squares[0]);
+    const double rounding = static_cast<double>(p.item.m + p.np + 8) * kEpsilon;
+    if (threadIdx.x == 0)
+      p.upper = (one_inf < frobenius ? one_inf : frobenius) * (1.0 + rounding) /
+                (static_cast<double>(p.down) * static_cast<double>(p.up));
+    return true;
   }
 }

@@ -50,22 +50,6 @@ __device__ __forceinline__ void top_eigenvector(const double (&g)[6], double (&t
   for (int i = 0; i < 3; ++i) top[i] *= sign;
 }
 
-// ---- one matrix --------------------------------------------------------------------------------
-
-struct Settings {
-  bool power;
-  int64 max_steps;
-  double tol;
-  uint64 seed;
-  const C* start;  // [Σ n] or null: random
-};
-struct Results {
-  C *u, *v;                          // [Σ m], [Σ n]
-  double *sigma, *residual, *upper;  // [matrices of the call]
-  int64* steps;
-  unsigned char* converged;
-};
-
 // x [np] ← factor · x of all slices; the factor is that of the direction.
 __device__ __forceinline__ void gather(Team& team, const Work& p, double factor) {
   if (p.mode() == kWide) {  // every block reads the one x of the team: it is scaled in place
@@ -86,42 +70,6 @@ __device__ __forceinline__ void gather(Team& team, const Work& p, double factor)
     p.x[j] = static_cast<C>(x * factor) * p.down;
   }
   __syncthreads();
-}
-
-// The norms of W, and a scale that keeps squares in the range of C. Returns false where W holds a
-// NaN or an infinity.
-__device__ __forceinline__ bool measure(Team& team, Work& p) {
-  for (bool again = false;; again = true) {
-    Measures measures;
-    pass<true>(p, false, nullptr, measures);
-    double most[3] = {measures.row, measures.largest, measures.nan ? 1.0 : 0.0};
-    team.reduce<3, true>(most);
-    if (most[2] > 0.0 || !is_finite(most[1])) return false;
-    const int size = exponent(most[0]);
-    const bool safe = most[0] == 0.0 || (size <= kSafeExponent && size >= -kSafeExponent);
-    if (!safe && !again) {
-      // Half of the scale on either side of a product with W: not even the product can overflow.
-      int e = exponent(most[1]);
-      e = e < -kLargestExponent ? -kLargestExponent : e;
-      if (threadIdx.x == 0) {
-        p.down = static_cast<C>(power_of_two(-(e / 2)));
-        p.up = static_cast<C>(power_of_two(-(e - e / 2)));
-      }
-      __syncthreads();
-      continue;
-    }
-    double column[1] = {0.0}, squares[1] = {measures.squares};
-    sum_shares(team, p,
-               [&](int64, C sum) { column[0] = larger(column[0], static_cast<double>(sum)); });
-    team.reduce<1, true>(column);
-    team.reduce(squares);
-    const double one_inf = sqrt(column[0]) * sqrt(most[0]), frobenius = sqrt(squares[0]);
-    const double rounding = static_cast<double>(p.item.m + p.np + 8) * kEpsilon;
-    if (threadIdx.x == 0)
-      p.upper = (one_inf < frobenius ? one_inf : frobenius) * (1.0 + rounding) /
-                (static_cast<double>(p.down) * static_cast<double>(p.up));
-    return true;
-  }
 }
 
 // Makes v the unit start vector and publishes it; returns the factor of the first direction.
@@ -209,24 +157,9 @@ __device__ __forceinline__ Direction orthonormalise(Team& team, const Work& p, d
   return to;
 }
 
-// Rows of the results that need no iteration: NaN.
-__device__ __forceinline__ void give_up(const Work& p, const Results& out) {
-  const C nan = __uint_as_float(0x7fffffffu);
-#pragma unroll 1
-  for (int64 i = threadIdx.x; i < p.rows; i += THREADS) out.u[p.item.u + p.first_row + i] = nan;
-#pragma unroll 1
-  for (int64 j = threadIdx.x; j < p.count && p.first + j < p.item.n; j += THREADS)
-    out.v[p.item.v + p.first + j] = nan;
-  if (p.rank == 0 && threadIdx.x == 0) {
-    const int64 at = p.item.number;
-    out.sigma[at] = out.residual[at] = out.upper[at] = nan;
-    out.steps[at] = 0;
-    out.converged[at] = 0;
-  }
-}
-
 __device__ __forceinline__ void run(Team& team, Work& p, const Settings& set, const Results& out) {
-  if (!measure(team, p)) return give_up(p, out);
+  const auto sweep = [&](Measures& measures) { pass<true>(p, false, nullptr, measures); };
+  if (!measure(team, p, p.share, sweep)) return give_up(p, set, out);
   Direction next = {begin(team, p, set), 0.0, 0.0, 0.0};
   double residual = 0.0;
   int64 step = 1;
@@ -276,7 +209,7 @@ __device__ __forceinline__ void run(Team& team, Work& p, const Settings& set, co
       }
     }
     double dots[3] = {};  // r with r, v, s; power: r with r, z with z
-    sum_shares(team, p, [&](int64 j, C z) {
+    sum_shares(team, p, p.share, [&](int64 j, C z) {
       C v = p.v[j], s = 0;
       if (cg) {
         const C zv = p.zv[j], zs = p.zs[j];
@@ -340,25 +273,10 @@ __device__ __forceinline__ void run(Team& team, Work& p, const Settings& set, co
 }
 
 // Lays out the memory of a block for a matrix: see the kernel. One thread does it.
-__device__ __forceinline__ void lay_out(const Team& team, const Item& item, Work& p) {
-  p.item = item;
-  p.rank = team.rank;
-  p.size = static_cast<int>(item.size);
-  p.chunks = static_cast<int>((item.n + V - 1) / V);
-  p.np = static_cast<int64>(p.chunks) * V;
-  p.positions = 1;
-  while (p.positions < THREADS && p.positions < p.chunks) p.positions *= 2;
-  p.groups = THREADS / p.positions;
-  p.even = item.w % 16 == 0 && item.n == p.np;
-  p.first_row = item.m * p.rank / p.size;
-  p.rows = item.m * (p.rank + 1) / p.size - p.first_row;
-  p.w = reinterpret_cast<const Element*>(item.w) + p.first_row * item.n;
-  p.down = p.up = C(1);
+__device__ __forceinline__ void lay_out(const Team& team, const Item& item, const Settings&,
+                                        Work& p) {
+  assign(team, item, p);
   const int64 most_rows = (item.m + p.size - 1) / p.size;
-  p.width = ((p.np + p.size - 1) / p.size + 7) / 8 * 8;
-  p.first = p.rank * p.width;
-  p.count = p.first >= p.np ? 0 : p.np - p.first < p.width ? p.np - p.first : p.width;
-
   int at = kControlBytes;
 #if TEAM == 2
   p.slice = reinterpret_cast<C*>(team.memory) + p.first;

@@ -17,6 +17,23 @@ struct Item {
   int64 stages;  // staged: panels in the ring, 2 to 4
 };
 
+// What a launch asks for, and where the results go.
+struct Settings {
+  int k;
+  bool power;
+  int64 max_steps;
+  double tol;
+  uint64 seed;
+  const C* start;  // [Σ n·k] or null: random
+};
+struct Results {
+  C *u, *v;                   // [Σ m·k], [Σ n·k]
+  double *sigma, *residual;   // [matrices of the call · k]
+  double* upper;              // [matrices of the call]; so are the next two
+  int64* steps;
+  unsigned char* converged;
+};
+
 // What a block knows of the matrix it works on; in shared memory, to save registers.
 struct Work {
   Item item;
@@ -78,8 +95,14 @@ __device__ __forceinline__ Element* Work::ring(int64 row) const {
   return reinterpret_cast<Element*>(shared_memory() + ring_at) + row * np;
 }
 
+// Triples that the kernel finds at most, rows of its search space, and sums that a reduction takes:
+// a Gram matrix and one more for each triple. The launcher counts the same.
+constexpr int kMostTriples = SUBSPACE ? 8 : 1;
+constexpr int kSide = 3 * kMostTriples;
+constexpr int kSums = SUBSPACE ? kSide * (kSide + 1) / 2 + kMostTriples : 0;
+
 // What a block of a grid shows to its team, in device memory: slots, then its share of z.
-[[maybe_unused]] constexpr int64 kSlotBytes = 2 * 8 * sizeof(double);
+[[maybe_unused]] constexpr int64 kSlotBytes = (2 * 8 + kSums) * sizeof(double);
 
 struct Team {
   int rank, size;         // of the blocks that work on the matrix
@@ -172,3 +195,42 @@ struct Team {
     for (int k = 0; k < K; ++k) value[k] = c->totals[parity][k];
   }
 };
+
+// Which rows and columns of a matrix are the block's. One thread does it, as all of lay_out.
+__device__ __forceinline__ void assign(const Team& team, const Item& item, Work& p) {
+  p.item = item;
+  p.rank = team.rank;
+  p.size = static_cast<int>(item.size);
+  p.chunks = static_cast<int>((item.n + V - 1) / V);
+  p.np = static_cast<int64>(p.chunks) * V;
+  p.positions = 1;
+  while (p.positions < THREADS && p.positions < p.chunks) p.positions *= 2;
+  p.groups = THREADS / p.positions;
+  p.even = item.w % 16 == 0 && item.n == p.np;
+  p.first_row = item.m * p.rank / p.size;
+  p.rows = item.m * (p.rank + 1) / p.size - p.first_row;
+  p.w = reinterpret_cast<const Element*>(item.w) + p.first_row * item.n;
+  p.down = p.up = C(1);
+  p.width = ((p.np + p.size - 1) / p.size + 7) / 8 * 8;
+  p.first = p.rank * p.width;
+  p.count = p.first >= p.np ? 0 : p.np - p.first < p.width ? p.np - p.first : p.width;
+}
+
+// The results of a matrix that is not finite: NaN.
+__device__ __forceinline__ void give_up(const Work& p, const Settings& set, const Results& out) {
+  const C nan = __uint_as_float(0x7fffffffu);
+  const int64 k = set.k, left = p.item.n - p.first, columns = left < p.count ? left : p.count;
+#pragma unroll 1
+  for (int64 i = threadIdx.x; i < p.rows * k; i += THREADS)
+    out.u[(p.item.u + p.first_row) * k + i] = nan;
+#pragma unroll 1
+  for (int64 j = threadIdx.x; j < columns * k; j += THREADS)
+    out.v[(p.item.v + p.first) * k + j] = nan;
+  if (p.rank == 0 && threadIdx.x == 0) {
+    const int64 at = p.item.number;
+    for (int c = 0; c < k; ++c) out.sigma[at * k + c] = out.residual[at * k + c] = nan;
+    out.upper[at] = nan;
+    out.steps[at] = 0;
+    out.converged[at] = 0;
+  }
+}
