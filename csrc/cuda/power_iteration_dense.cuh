@@ -8,6 +8,7 @@
 // this share: that must stay below the rounding of C. In fp64 it is a share met near the end only.
 constexpr double kLeastShare = sizeof(C) == 8 ? 1e-4 : 1e-8;
 constexpr double kLeastRest = sizeof(C) == 8 ? 1e-12 : 1e-10;  // where it is measured again after
+constexpr double kLeastMove = 1e-4;  // of s: those that all but coincide say nothing new
 
 // Behind Control. Matrices have rows of kSide.
 struct Dense {
@@ -201,7 +202,7 @@ __device__ __forceinline__ void rayleigh_ritz(int k, bool power) {
   }
   __syncthreads();
   product(b, outputs, outputs, side, entry(a), transposed(a));
-  gram_schmidt(b, q, outputs, 0, outputs, kLeastShare);
+  gram_schmidt(b, q, outputs, 0, outputs, kLeastMove);
   product(b, outputs, side, outputs, entry(q), entry(a));
   product(t, outputs, side, side, entry(b), entry(e));
 }

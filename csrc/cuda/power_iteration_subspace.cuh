@@ -294,205 +294,217 @@ __device__ __forceinline__ void rotate(C* x, int64 stride, int64 length, int inp
   __syncthreads();
 }
 
-// k rows of x made orthonormal, in coordinates from their Gram matrix; again, while they were near
-// dependent. One that leaves nothing becomes random. The block has the columns [first, first +
-// length) of x, of which those from `end` on stay zero.
-__device__ __forceinline__ void orthonormalise(Team& team, C* x, int64 stride, int64 first,
-                                               int64 length, int64 end, int k) {
+// What settle() is for: at the start, after a step, at the end.
+enum Stage { kStart, kStep, kEnd };
+
+// The rows behind the first `old` of x [rows, ·], orthonormal to those and to each other. Of x,
+// `stride` apart, the block has the columns [first, first + length), of which those from `end` on
+// stay zero; `more` as in gram_matrix.
+//
+// kStep: the search space; dense()->e gets its orthonormal coordinates. The residuals d of a Ritz
+// basis are orthogonal to the space it came from, up to rounding. Small parts on v and s are taken
+// off by linearity, after the pass; where a d has large ones, or is nearly dependent on those before
+// it, that would blow up the rounding of the images: then d itself is changed, twice at the most.
+// power: no image is carried on; v stands in where d has lost a dimension.
+//
+// kStart, kEnd: x itself is changed, until it was far from dependent. A row that leaves nothing
+// becomes random.
+__device__ __forceinline__ void settle(Team& team, Stage stage, bool power, C* x, int64 stride,
+                                       int64 first, int64 length, int64 end, int rows, int old,
+                                       int more) {
   Dense* d = dense();
-  double least = 0.0;
+  const int fresh = rows - old, c = old + static_cast<int>(threadIdx.x);
+  const bool step = stage == kStep, last_look = step && power;
 #pragma unroll 1
-  for (uint64 turn = 0; turn < 5 && least < 0.25; ++turn) {
-    gram_matrix(team, x, stride, length, k, 0, d->b);
-    gram_schmidt(d->b, d->t, k, 0, k, 1e-12);
-    least = 1.0;
-    for (int c = 0; c < k; ++c) least = d->left[c] < least ? d->left[c] : least;
-    rotate(x, stride, length, k, 0, k);
+  for (int turn = 0;; ++turn) {
+    gram_matrix(team, x, stride, length, rows, turn == 0 ? more : 0, d->a);
+    bool change = false, some = false;
+    if (c < rows) {
+      double parts = 0.0;
+      for (int j = 0; j < old; ++j) parts += d->a[c * kSide + j] * d->a[c * kSide + j];
+      some = d->a[c * (kSide + 1)] > 0.0;
+      change = step ? parts > 1e-4 * d->a[c * (kSide + 1)] : turn == 0;
+    }
+    __syncthreads();  // a is read
+    gram_schmidt(d->a, d->e, rows, last_look ? old : 0, last_look ? fresh : rows,
+                 last_look ? kLeastShare : kLeastRest);
+    if (c < rows) change |= step ? some && d->left[c] < 0.1 : d->left[c] < 0.25;
+    if (__syncthreads_count(change) == 0 || last_look || turn == (step ? 2 : 5)) return;
 #pragma unroll 1
-    for (int c = 0; c < k; ++c)
-      if (d->left[c] == 0.0)
+    for (int at = threadIdx.x; at < fresh * kSide; at += THREADS)
+      d->t[at] = d->e[old * kSide + at];
+    rotate(x, stride, length, rows, old, fresh);
+#pragma unroll 1
+    for (int i = 0; i < fresh && !step; ++i)
+      if (d->left[i] == 0.0)
+#pragma unroll 1
         for (int64 j = threadIdx.x; j < length && first + j < end; j += THREADS)
-          x[c * stride + j] = start_element(turn, ~uint64{0}, (first + j) * k + c);
+          x[i * stride + j] = start_element(turn, ~uint64{0}, (first + j) * fresh + i);
   }
-  __syncthreads();
 }
 
 // ---- one matrix --------------------------------------------------------------------------------
 
-// x ← the k start vectors, orthonormal, in the rows of d, and zero elsewhere; its Gram matrix in
-// dense()->a. Then the team may read d.
-__device__ __forceinline__ void begin(Team& team, const Work& p, const Settings& set, int side) {
+// d ← the start vectors, v and s and all images zero.
+__device__ __forceinline__ void begin(const Work& p, const Settings& set, int side) {
   const Subspace s = *subspace();
-  Dense* d = dense();
-  const int k = set.k;
-  const auto fill = [&](int c, bool random) {
-    C* x = s.x + (side - k + c) * p.np + p.first;
-#pragma unroll 1
-    for (int64 j = threadIdx.x; j < p.count; j += THREADS) {
-      const int64 e = p.first + j, at = e * k + c;
-      C value = 0;
-      if (e < p.item.n)
-        value = random ? start_element(set.seed, p.item.number, at)
-                       : set.start[p.item.v * k + at];
-      x[j] = value;
-    }
-  };
+  const int k = set.k, old = side - k;
 #pragma unroll 1
   for (int c = 0; c < side; ++c) {
     C *x = s.x + c * p.np + p.first, *zx = s.zx + c * p.np + p.first;
     C* y = s.y + c * p.item.m + p.first_row;
 #pragma unroll 1
-    for (int64 j = threadIdx.x; j < p.count; j += THREADS) x[j] = zx[j] = 0;
+    for (int64 j = threadIdx.x; j < p.count; j += THREADS) {
+      const int64 e = p.first + j, at = e * k + c - old;
+      C value = 0;
+      if (c >= old && e < p.item.n)
+        value = set.start == nullptr ? start_element(set.seed, p.item.number, at)
+                                     : set.start[p.item.v * k + at];
+      x[j] = is_finite(value) ? value : C(0);
+      zx[j] = 0;
+    }
 #pragma unroll 1
     for (int64 i = threadIdx.x; i < p.rows; i += THREADS) y[i] = 0;
   }
-#pragma unroll 1
-  for (int c = 0; c < k; ++c) fill(c, set.start == nullptr);
-  C* directions = s.x + (side - k) * p.np + p.first;
-  if (set.start != nullptr) {  // a column that is zero or not finite is of no use
-    gram_matrix(team, directions, p.np, p.count, k, 0, d->a);
-#pragma unroll 1
-    for (int c = 0; c < k; ++c) {
-      const double square = d->a[c * (kSide + 1)];
-      if (!(square > 0.0 && is_finite(square))) fill(c, true);
-    }
-  }
-  orthonormalise(team, directions, p.np, p.first, p.count, p.item.n, k);
-  team.barrier();
-#pragma unroll 1
-  for (int at = threadIdx.x; at < kSide * kSide; at += THREADS) {
-    const int i = at / kSide;
-    d->a[at] = i * (kSide + 1) == at && i >= side - k && i < side;
-  }
-  __syncthreads();
 }
 
-// d ← the residual z − θ v; power: z, with enough of v where z is all rounding. Puts Σ r² of the
-// block behind the triangle of a Gram matrix of x.
-__device__ __forceinline__ void residuals(Team& team, const Work& p, const Settings& set,
+// Σ x² over `length` elements, in lane 0 of each warp that calls it.
+template <class Next>
+__device__ __forceinline__ double warp_squares(int64 length, const Next& next) {
+  double sum = 0.0;
+#pragma unroll 1
+  for (int64 j = threadIdx.x % 32; j < length; j += 32) {
+    const double x = next(j);
+    sum += x * x;
+  }
+  for (int o = 16; o > 0; o /= 2) sum += __shfl_xor_sync(kAll, sum, o);
+  return sum;
+}
+
+// d ← the residual z − θ v; power: z, with enough of v where z is all rounding. Puts Σ r² and Σ y²
+// of the block behind the triangle of a Gram matrix of x.
+__device__ __forceinline__ void residuals(const Team& team, const Work& p, const Settings& set,
                                           int side) {
   const Subspace s = *subspace();
   const Dense* d = dense();
-  const int k = set.k, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int k = set.k;
   const double least = 16.0 * kEpsilon * d->theta[0];
+  double* sums = own_sums(team) + side * (side + 1) / 2;
 #pragma unroll 1
-  for (int c = warp; c < k; c += kWarps) {
-    const C *v = s.x + c * p.np + p.first, *z = s.zx + c * p.np + p.first;
+  for (int c = threadIdx.x / 32; c < k; c += kWarps) {
+    const C *v = s.x + c * p.np + p.first, *z = s.zx + c * p.np + p.first,
+            *y = s.y + c * p.item.m + p.first_row;
     C* to = s.x + (side - k + c) * p.np + p.first;
     const double theta = d->theta[c], whole = larger(theta, least > 0.0 ? least : 1.0);
-    double squares = 0.0;
-#pragma unroll 1
-    for (int64 j = lane; j < p.count; j += 32) {
+    const double squares = warp_squares(p.count, [&](int64 j) {
       const double r = z[j] - theta * v[j];
-      squares += r * r;
       to[j] = static_cast<C>(set.power ? r + whole * v[j] : r);
+      return r;
+    });
+    const double image = warp_squares(p.rows, [&](int64 i) { return y[i]; });
+    if (threadIdx.x % 32 == 0) {
+      sums[c] = squares;
+      sums[k + c] = image;
     }
-    for (int o = 16; o > 0; o /= 2) squares += __shfl_xor_sync(kAll, squares, o);
-    if (lane == 0) own_sums(team)[side * (side + 1) / 2 + c] = squares;
   }
 }
 
-// dense()->e: orthonormal coordinates of x, from its Gram matrix in dense()->a. The residuals of a
-// Ritz basis are orthogonal to the space it came from, up to rounding. Small parts on v and s are
-// taken off by linearity, after the pass; where a d has large ones, or is nearly dependent on those
-// before it, it would blow up the rounding in the images: all d are made orthonormal now, twice at
-// the most.
-__device__ __forceinline__ void coordinates(Team& team, const Work& p, const Settings& set,
-                                            int side) {
-  Dense* d = dense();
-  const int k = set.k, old = side - k, c = old + threadIdx.x;
-  C* x = subspace()->x + p.first;
-  if (set.power) {  // no image is carried on; v stands in where d has lost a dimension
-    gram_schmidt(d->a, d->e, side, k, k, kLeastShare);
-    return;
-  }
+// The results but for u: σ = ‖W v‖/‖v‖. Of a σ that is all rounding, y ← 0: it has no u of its own.
+__device__ __forceinline__ void give(const Work& p, const Settings& set, const Results& out,
+                                     int64 step, int side) {
+  const Subspace s = *subspace();
+  const int k = set.k;
+  const double* squares = dense()->sums + side * (side + 1) / 2;
+  const double scale = static_cast<double>(p.down) * static_cast<double>(p.up);
+  const double theta = dense()->theta[0], inverse_theta = theta > 0.0 ? 1.0 / theta : 0.0;
+  const double sides = static_cast<double>(larger(p.item.m, p.item.n)) * kEpsilon;
+  const double least = sqrt(squares[k]) * (sides < 0.01 ? sides : 0.01);
+  bool converged = true;
 #pragma unroll 1
-  for (int turn = 0;; ++turn) {
-    bool large = false, some = false;
-    if (threadIdx.x < k) {
-      double parts = 0.0;
-      for (int j = 0; j < old; ++j) parts += d->a[c * kSide + j] * d->a[c * kSide + j];
-      some = d->a[c * (kSide + 1)] > 0.0;
-      large = parts > 1e-4 * d->a[c * (kSide + 1)];
+  for (int c = 0; c < k; ++c) {
+    const C* x = s.x + c * p.np;
+    C* y = s.y + c * p.item.m + p.first_row;
+    const double length = sqrt(dense()->sums[c * side - c * (c - 1) / 2]);
+    const double image = sqrt(squares[k + c]), residual = sqrt(squares[c]) * inverse_theta;
+    converged &= residual <= set.tol;
+    if (p.rank == 0 && threadIdx.x == 0) {
+      out.sigma[p.item.number * k + c] = image / length / scale;
+      out.residual[p.item.number * k + c] = residual;
     }
-    __syncthreads();  // a is read
-    gram_schmidt(d->a, d->e, side, 0, side, turn < 2 ? kLeastRest : kLeastShare);
-    if (threadIdx.x < k) large |= some && d->left[c] < 0.1;
-    if (__syncthreads_count(large) == 0 || turn == 2) return;
 #pragma unroll 1
-    for (int at = threadIdx.x; at < k * kSide; at += THREADS) d->t[at] = d->e[old * kSide + at];
-    rotate(x, p.np, p.count, side, old, k);
-    gram_matrix(team, x, p.np, p.count, side, 0, d->a);
+    for (int64 j = p.first + threadIdx.x; j < p.first + p.count && j < p.item.n; j += THREADS)
+      out.v[(p.item.v + j) * k + c] = static_cast<C>(x[j] / length);
+    if (!(image > least))
+#pragma unroll 1
+      for (int64 i = threadIdx.x; i < p.rows; i += THREADS) y[i] = 0;
+  }
+  if (p.rank == 0 && threadIdx.x == 0) {
+    out.upper[p.item.number] = p.upper;
+    out.steps[p.item.number] = step;
+    out.converged[p.item.number] = converged;
   }
 }
 
 __device__ __forceinline__ void run(Team& team, Work& p, const Settings& set, const Results& out) {
-  const int k = set.k, side = set.power ? 2 * k : 3 * k;
+  const int k = set.k, side = set.power ? 2 * k : 3 * k, old = side - k;
   const auto sweep = [&](Measures& measures) {
     multiply_all<true>(p, 1, nullptr, nullptr, measures);
   };
   if (!measure(team, p, p.z, sweep)) return give_up(p, set, out);
-  begin(team, p, set, side);
-  coordinates(team, p, set, side);
+  begin(p, set, side);
   const Subspace s = *subspace();
   Dense* d = dense();
-  C *x = s.x + p.first, *zx = s.zx + p.first, *y = s.y + p.first_row;
-  const double* squares = d->sums + side * (side + 1) / 2;  // of the residuals
-  double residual, inverse_theta;
-  int64 step = 1;
+  C *x = s.x + p.first, *y = s.y + p.first_row;
+  int64 step = 0;
+  Stage stage = kStart;
 #pragma unroll 1
-  for (;; ++step) {
-    Measures none;
-    multiply_all<false>(p, k, s.x + (side - k) * p.np, y + (side - k) * p.item.m, none);
-    gram_matrix(team, y, p.item.m, p.rows, side, 0, d->b);
-    rayleigh_ritz(k, set.power);
+  for (;;) {  // one loop for all stages: what they share is compiled once
+    if (stage == kStep) {
+      ++step;
+      Measures none;
+      multiply_all<false>(p, k, s.x + old * p.np, y + old * p.item.m, none);
+      gram_matrix(team, y, p.item.m, p.rows, side, 0, dense()->b);
+      rayleigh_ritz(k, set.power);
 #pragma unroll 1
-    for (int c = 0; c < k; ++c) {
-      C* z = zx + (side - k + c) * p.np;
-      sum_shares(team, p, p.z + c * p.groups * p.np, [&](int64 j, C sum) { z[j] = sum; });
+      for (int c = 0; c < k; ++c) {
+        C* z = s.zx + p.first + (old + c) * p.np;
+        sum_shares(team, p, p.z + c * p.groups * p.np, [&](int64 j, C sum) { z[j] = sum; });
+      }
+#pragma unroll 1
+      for (int which = 0; which < 3; ++which)
+        rotate(which == 0 ? y : which == 1 ? s.zx + p.first : x, which == 0 ? p.item.m : p.np,
+               which == 0 ? p.rows : p.count, side, 0, old);
+      residuals(team, p, set, side);
     }
-    rotate(y, p.item.m, p.rows, side, 0, side - k);
-    rotate(zx, p.np, p.count, side, 0, side - k);
-    rotate(x, p.np, p.count, side, 0, side - k);
-    residuals(team, p, set, side);
-    gram_matrix(team, x, p.np, p.count, side, k, d->a);
-    inverse_theta = d->theta[0] > 0.0 ? 1.0 / d->theta[0] : 0.0;
-    residual = 0.0;
+    const bool left = stage == kEnd;
+    settle(team, stage, set.power, left ? y : stage == kStart ? x + old * p.np : x,
+           left ? p.item.m : p.np, left ? p.first_row : p.first, left ? p.rows : p.count,
+           left ? p.item.m : p.item.n, stage == kStep ? side : k, stage == kStep ? old : 0, 2 * k);
+    if (stage == kEnd) break;
+    if (stage == kStart) {  // of the search space there is d alone
+#pragma unroll 1
+      for (int at = threadIdx.x; at < kSide * kSide; at += THREADS) {
+        const int i = at / kSide;
+        const bool one = at == i * (kSide + 1) && i >= old && i < side;
+        d->e[at] = one;
+        if (at == i * (kSide + 1)) d->left[i] = one;
+      }
+      __syncthreads();
+      stage = kStep;
+      continue;
+    }
+    const double* squares = d->sums + side * (side + 1) / 2;
+    const double inverse_theta = d->theta[0] > 0.0 ? 1.0 / d->theta[0] : 0.0;
+    double residual = 0.0;
     for (int c = 0; c < k; ++c) residual = larger(residual, sqrt(squares[c]) * inverse_theta);
-    if (step == set.max_steps || (set.tol > 0.0 && residual <= set.tol)) break;
-    coordinates(team, p, set, side);
+    if (step == set.max_steps || (set.tol > 0.0 && residual <= set.tol)) {
+      give(p, set, out, step, side);
+      stage = kEnd;
+    }
   }
-
-  // σ = ‖W v‖; one that is all rounding has no u of its own: any vector completes the basis.
-  const double scale = static_cast<double>(p.down) * static_cast<double>(p.up);
-  if (p.rank == 0 && threadIdx.x < k)
-    out.residual[p.item.number * k + threadIdx.x] = sqrt(squares[threadIdx.x]) * inverse_theta;
-  __syncthreads();  // the sums are read
-  gram_matrix(team, y, p.item.m, p.rows, k, 0, d->b);
-  const double longest = sqrt(d->b[0]);
-  const double sides = static_cast<double>(larger(p.item.m, p.item.n)) * kEpsilon;
-  const double least = longest * (sides < 0.01 ? sides : 0.01);
-#pragma unroll 1
-  for (int c = 0; c < k; ++c) {
-    const double image = sqrt(d->b[c * (kSide + 1)]), inverse = 1.0 / sqrt(d->a[c * (kSide + 1)]);
-    if (p.rank == 0 && threadIdx.x == 0)
-      out.sigma[p.item.number * k + c] = image * inverse / scale;
-#pragma unroll 1
-    for (int64 j = threadIdx.x; j < p.count && p.first + j < p.item.n; j += THREADS)
-      out.v[(p.item.v + p.first + j) * k + c] = static_cast<C>(x[c * p.np + j] * inverse);
-    if (!(image > least))
-#pragma unroll 1
-      for (int64 i = threadIdx.x; i < p.rows; i += THREADS) y[c * p.item.m + i] = 0;
-  }
-  orthonormalise(team, y, p.item.m, p.first_row, p.rows, p.item.m, k);
 #pragma unroll 1
   for (int64 at = threadIdx.x; at < p.rows * k; at += THREADS)
     out.u[(p.item.u + p.first_row) * k + at] = y[at % k * p.item.m + at / k];
-  if (p.rank == 0 && threadIdx.x == 0) {
-    out.upper[p.item.number] = p.upper;
-    out.steps[p.item.number] = step;
-    out.converged[p.item.number] = residual <= set.tol;
-  }
 }
 
 // Lays out the memory of a block for a matrix: see the kernel.

@@ -96,10 +96,10 @@ __device__ __forceinline__ Element* Work::ring(int64 row) const {
 }
 
 // Triples that the kernel finds at most, rows of its search space, and sums that a reduction takes:
-// a Gram matrix and one more for each triple. The launcher counts the same.
+// a Gram matrix and two more for each triple. The launcher counts the same.
 constexpr int kMostTriples = SUBSPACE ? 8 : 1;
 constexpr int kSide = 3 * kMostTriples;
-constexpr int kSums = SUBSPACE ? kSide * (kSide + 1) / 2 + kMostTriples : 0;
+constexpr int kSums = SUBSPACE ? kSide * (kSide + 1) / 2 + 2 * kMostTriples : 0;
 
 // What a block of a grid shows to its team, in device memory: slots, then its share of z.
 [[maybe_unused]] constexpr int64 kSlotBytes = (2 * 8 + kSums) * sizeof(double);

@@ -30,10 +30,10 @@ ON_CHIP, STAGED, WIDE = 0, 1, 2  # where W is read from
 COLUMNS = 10
 SLOT_BYTES = 128  # of a block of a grid, for its sums
 
-#: Of k > 1: the most triples; bytes of a Gram matrix of 3·8 vectors and 8 more sums, and of the
+#: Of k > 1: the most triples; bytes of a Gram matrix of 3·8 vectors and 16 more sums, and of the
 #: small matrices in front of everything else in shared memory.
 MOST_TRIPLES = 8
-SUMS_BYTES = (24 * 25 // 2 + 8) * 8
+SUMS_BYTES = (24 * 25 // 2 + 16) * 8
 DENSE_BYTES = 25600
 
 
