@@ -315,6 +315,7 @@ __device__ __forceinline__ void settle(Team& team, Stage stage, bool power, C* x
   Dense* d = dense();
   const int fresh = rows - old, c = old + static_cast<int>(threadIdx.x);
   const bool step = stage == kStep, last_look = step && power;
+  bool again = !step;
 #pragma unroll 1
   for (int turn = 0;; ++turn) {
     gram_matrix(team, x, stride, length, rows, turn == 0 ? more : 0, d->a);
@@ -323,13 +324,15 @@ __device__ __forceinline__ void settle(Team& team, Stage stage, bool power, C* x
       double parts = 0.0;
       for (int j = 0; j < old; ++j) parts += d->a[c * kSide + j] * d->a[c * kSide + j];
       some = d->a[c * (kSide + 1)] > 0.0;
-      change = step ? parts > 1e-4 * d->a[c * (kSide + 1)] : turn == 0;
+      change = step && parts > 1e-4 * d->a[c * (kSide + 1)];
     }
     __syncthreads();  // a is read
     gram_schmidt(d->a, d->e, rows, last_look ? old : 0, last_look ? fresh : rows,
                  last_look ? kLeastShare : kLeastRest);
     if (c < rows) change |= step ? some && d->left[c] < 0.1 : d->left[c] < 0.25;
-    if (__syncthreads_count(change) == 0 || last_look || turn == (step ? 2 : 5)) return;
+    const bool any = __syncthreads_count(change) > 0;
+    if (!(any || again) || last_look || turn == (step ? 2 : 5)) return;
+    again = any && !step;
 #pragma unroll 1
     for (int at = threadIdx.x; at < fresh * kSide; at += THREADS)
       d->t[at] = d->e[old * kSide + at];
