@@ -11,7 +11,9 @@ from torch.nn.functional import normalize
 
 import gti_kernels as gti
 
-from .bench import RESNET18_PARAMETERS, Call, Case, Work, kick_drift, two_form
+from .case import RESNET18_PARAMETERS, Call, Case, Work
+from .leapfrog import kick_drift
+from .two_form import two_form
 
 #: ViT-B/16 (86 M parameters, 50 matrices): patches, then query-key-value, projection and the two
 #: layers of the perceptron of each block, then the classes.
@@ -170,7 +172,7 @@ def _gram(device: str, m: int, n: int) -> Work:
     )
 
 
-def gpu_cases() -> list[Case]:
+def full_cases() -> list[Case]:
     """The lines, in order."""
     out = []
     for shapes, name in (
