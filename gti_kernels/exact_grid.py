@@ -80,6 +80,8 @@ class Grid:
                 self.unit_q,
                 self.unit_p,
             )
+        else:
+            self.kernels = space.kernels()
 
     def momenta(self) -> list[Tensor]:
         """p, made anew."""
@@ -227,7 +229,7 @@ class Grid:
                     space.check_layouts(op)
                     grads = [None] * len(space.params)
                 if self.plan is None:
-                    checksum, inside, energy = space.kernels().grid_step(
+                    result = self.kernels.grid_step(
                         space.params,
                         self.rest_q,
                         self.Q,
@@ -240,7 +242,9 @@ class Grid:
                         *numbers,
                         skipped,
                     )
-                    result = int(checksum) & reference.MASK, bool(inside), energy
+                    if result is not None:
+                        checksum, inside, energy = result
+                        result = int(checksum) & reference.MASK, bool(inside), energy
                 else:
                     result = self.plan.step(grads, skipped, *numbers, s, own, threads)
         if result is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ class PhaseSpace:
         exact: the reversible grid, at three times the memory of the momenta and at about twice
             the time of a step. It synchronises a GPU once per call.
         seed: of gaussian momenta and of stochastic rounding.
-        backend: "auto", "reference", "cpu" or "triton"; see `gti_kernels.explain`.
+        backend: "auto", "reference", "cpu", "triton" or "cuda"; see `gti_kernels.explain`.
 
     Attributes:
         params, momenta: q and p, lists of tensors (with exact=True, momenta are made when read).
@@ -320,7 +321,8 @@ class PhaseSpace:
         return _compiled(self)
 
     def kernels(self) -> Any:
-        """Where they do not: the module of the functions phase_step and grid_step."""
+        """Where they do not: what has the functions phase_step and grid_step, a module or, with
+        tables of its own, a new object."""
         return _kernels(self)
 
     # ---- checks ----------------------------------------------------------------------------------
@@ -464,6 +466,8 @@ class _Floats:
             self.plan = backends.compiled.PhasePlan(  # type: ignore[union-attr]
                 space.params, momenta, self.mass, owned
             )
+        else:
+            self.kernels = _kernels(space)
 
     def momenta(self) -> list[Tensor]:
         return self.p
@@ -476,7 +480,7 @@ class _Floats:
         kick, drift = kick if kicks else 0.0, drift if drifts else 0.0
         key, energy = 0, None
         if self.rounds:
-            key = space.seed * 0x9E3779B97F4A7C15 + space.step_count * 0xD1342543DE82EF95
+            key = space.seed * 0x9E3779B97F4A7C15 + space.step_count * reference.STEP_KEY
             key &= reference.MASK
         if self.plan is not None:
             numbers = (kicks, drifts, kick, damp, drift, key, get_num_threads())
@@ -519,7 +523,9 @@ class _Floats:
     ) -> Tensor:
         """Without a compiled plan: the ops where they take these tensors, else plain torch."""
         q, p, backend = self.space.params, self.p, self.space.backend
-        same = all(x.dtype == y.dtype for x, y in zip(q, p))
+        same = isinstance(self.kernels, ModuleType) and all(
+            x.dtype == y.dtype for x, y in zip(q, p)
+        )
         floats = not any(isinstance(x, Tensor) for x in (kick, damp, drift))
         if same and floats and not skipped:
             options: dict[str, Any] = {"inv_mass": self.mass, "backend": backend}
@@ -530,9 +536,8 @@ class _Floats:
             else:
                 drift_(q, p, drift, **options)
             return torch.zeros((), dtype=torch.float64, device=self.space.device)
-        kernels = _kernels(self.space)
         numbers = (kicks, drifts, kick, damp, drift, key)
-        return kernels.phase_step(q, p, grads, self.mass, *numbers, skipped)
+        return self.kernels.phase_step(q, p, grads, self.mass, *numbers, skipped)
 
     def scale_(self, factor: Any) -> None:
         if self.p:
@@ -557,10 +562,14 @@ def _compiled(space: PhaseSpace) -> bool:
 
 
 def _kernels(space: PhaseSpace) -> Any:
-    """Where there is no compiled plan: the module of the functions phase_step and grid_step."""
+    """What `PhaseSpace.kernels` returns."""
     chosen = backends.choose("kick_drift_", space.device, space.backend, {})
     dense = all(is_dense(q) for q in space.params)
-    if dense and chosen in ("triton", "cuda") and backends.available()["triton"] is None:
+    if dense and chosen == "cuda":
+        from .cuda_kernels.phase_space import Plan
+
+        return Plan()
+    if dense and chosen == "triton":
         from .triton_kernels import phase_space as triton
 
         return triton

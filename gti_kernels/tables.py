@@ -64,38 +64,64 @@ def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
-# A table is a function of its numbers, so it is kept under them: a parameter list that stays where
-# it is costs one upload in all. Values: table, stream it was written on, event after the write.
-_tables: OrderedDict[tuple[Any, ...], tuple[Tensor, Any, Any]] = OrderedDict()
-_kept_for_graphs: dict[tuple[Any, ...], Tensor] = {}
-TABLES_KEPT = 64
+def capturing(device: torch.device) -> bool:
+    """Whether the current stream is being captured in a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def device_table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    """rows, concatenated, as int64 [Σ lengths] on `device`, without waiting for it."""
-    key = (device, rows)
-    if device.type != "cuda":
-        return torch.tensor([x for row in rows for x in row], dtype=torch.int64)
-    stream = torch.cuda.current_stream(device)
-    capturing = torch.cuda.is_current_stream_capturing()
-    entry = _tables.get(key)
-    if entry is None:
-        if capturing:
+class Upload:
+    """Rows of numbers, concatenated, as int64 in the memory of a device; nobody waits for it."""
+
+    def __init__(self, rows: Sequence[Sequence[int]], device: torch.device) -> None:
+        self.device = device
+        self._numbers = torch.tensor([x for row in rows for x in row], dtype=torch.int64)
+        self._kept = False
+        if device.type != "cuda":
+            return
+        if capturing(device):
             raise RuntimeError(
                 "new tensors inside a CUDA graph capture, where their addresses cannot be "
                 "uploaded: make the same call with the same tensors once before the capture"
             )
-        host = torch.tensor([x for row in rows for x in row], dtype=torch.int64).pin_memory()
-        entry = (host.to(device, non_blocking=True), stream, stream.record_event())
-        _tables[key] = entry
-        while len(_tables) > TABLES_KEPT:
-            _tables.popitem(last=False)
+        self._stream = torch.cuda.current_stream(device)
+        self._numbers = self._numbers.pin_memory().to(device, non_blocking=True)
+        self._written = self._stream.record_event()
+
+    def table(self) -> Tensor:
+        """The numbers, for a launch on the current stream."""
+        if self.device.type != "cuda":
+            return self._numbers
+        stream = torch.cuda.current_stream(self.device)
+        if capturing(self.device):
+            if not self._kept:
+                _kept_for_graphs.append(self._numbers)  # a replay reads it at any later time
+                self._kept = True
+        elif stream != self._stream:
+            stream.wait_event(self._written)
+            self._numbers.record_stream(stream)
+        return self._numbers
+
+
+# A table is a function of its numbers, so it is kept under them: a parameter list that stays where
+# it is costs one upload in all.
+_uploads: OrderedDict[tuple[Any, ...], Upload] = OrderedDict()
+_kept_for_graphs: list[Tensor] = []
+TABLES_KEPT = 64
+
+
+def upload(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Upload:
+    """The upload of these rows: a new one, or one of the last that were asked for."""
+    key = (device, rows)
+    found = _uploads.get(key)
+    if found is None:
+        found = _uploads[key] = Upload(rows, device)
+        while len(_uploads) > TABLES_KEPT:
+            _uploads.popitem(last=False)
     else:
-        _tables.move_to_end(key)
-    table, home, written = entry
-    if capturing:
-        _kept_for_graphs[key] = table  # a replay reads it at any later time
-    elif stream != home:
-        stream.wait_event(written)
-        table.record_stream(stream)
-    return table
+        _uploads.move_to_end(key)
+    return found
+
+
+def device_table(rows: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    """rows, concatenated, as int64 [Σ lengths] on `device`, without waiting for it."""
+    return upload(rows, device).table()

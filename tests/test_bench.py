@@ -5,11 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gti_kernels import bench, bench_gpu, bench_power_iteration, cli
+from gti_kernels import bench, cli
+from gti_kernels.bench import gpu, power_iteration
+from gti_kernels.bench.case import Case, Work
+from gti_kernels.bench.timing import measure
 
 
 def test_the_warm_started_list_and_its_peer_agree():
-    work = bench_gpu._warm_list("cpu", ((64, 48), (32, 3, 4, 4), (20, 50)))
+    work = gpu._warm_list("cpu", ((64, 48), (32, 3, 4, 4), (20, 50)))
     sigma = work.op().sigma[:, 0]
     peer = torch.stack(work.peers["spectral_norm loop"]()).float()
     torch.testing.assert_close(peer, sigma.float(), rtol=0.02, atol=0.0)
@@ -17,8 +20,18 @@ def test_the_warm_started_list_and_its_peer_agree():
     assert work.bytes_moved == 2 * int((steps * torch.tensor([3072, 1536, 1000])).sum())
 
 
+def test_the_steps_of_a_plan_and_their_peers_run():
+    shapes = ((64, 48), (48,))
+    for work in (gpu._plan("cpu", shapes), gpu._exact_plan("cpu", shapes)):
+        before = float(work.op())
+        assert float(work.op()) > before > 0  # the gradient is the same, the momenta grow
+        for peer in work.peers.values():
+            peer()
+    assert gpu._plan("cpu", shapes).bytes_moved == 20 * (64 * 48 + 48)
+
+
 def test_the_fp64_roof_has_as_many_operations():
-    work = bench_gpu._roof("cpu", 8, 5000)
+    work = gpu._roof("cpu", 8, 5000)
     (product,) = (peer().shape for peer in work.peers.values())
     assert 2 * product[0] ** 3 == pytest.approx(2 * 8 * 7 * 5000, rel=0.05)
 
@@ -27,32 +40,32 @@ def test_lists_have_the_sizes_they_claim():
     def numbers(shapes):
         return sum(torch.Size(s).numel() for s in shapes)
 
-    assert len(bench_gpu.VIT_B_WEIGHTS) == 50
-    assert len(bench_gpu.DECODER_7B_WEIGHTS) == 226
-    assert 86.0e6 < numbers(bench_gpu.VIT_B_WEIGHTS) < 86.6e6
-    assert 6.7e9 < numbers(bench_gpu.DECODER_7B_WEIGHTS) < 6.8e9
+    assert len(gpu.VIT_B_WEIGHTS) == 50
+    assert len(gpu.DECODER_7B_WEIGHTS) == 226
+    assert 86.0e6 < numbers(gpu.VIT_B_WEIGHTS) < 86.6e6
+    assert 6.7e9 < numbers(gpu.DECODER_7B_WEIGHTS) < 6.8e9
 
 
 @pytest.mark.parametrize("name", ["Gaussian", "log-uniform", "arithmetic"])
 def test_cold_starts_and_their_peers_agree(name):
-    weights = bench_power_iteration.matrices_with(name, 2, 96)
+    weights = power_iteration.matrices_with(name, 2, 96)
     expected = torch.linalg.svdvals(weights.double())
-    sigmas = bench_power_iteration.spectrum(name, 96)
+    sigmas = power_iteration.spectrum(name, 96)
     if sigmas is not None:
         torch.testing.assert_close(expected, sigmas.expand(2, -1), rtol=0, atol=1e-6)
-    work = bench_power_iteration._cold(list(weights), 1e-4)  # checks the error of the first
+    work = power_iteration._cold(list(weights), 1e-4)  # checks the error of the first
     torch.testing.assert_close(work.op().sigma[:, 0].double(), expected[:, 0], rtol=1e-6, atol=0)
     for peer in work.peers.values():
         torch.testing.assert_close(
             torch.stack(peer()).double(), expected[:, 0], rtol=2e-6, atol=0.0
         )
-    assert bench_power_iteration.true_sigma(weights[0]) == pytest.approx(float(expected[0, 0]))
+    assert power_iteration.true_sigma(weights[0]) == pytest.approx(float(expected[0, 0]))
 
 
 def test_a_residual_too_large_for_the_error_is_refused():
-    weights = list(bench_power_iteration.matrices_with("Gaussian", 1, 96))
+    weights = list(power_iteration.matrices_with("Gaussian", 1, 96))
     with pytest.raises(RuntimeError, match="relative error"):
-        bench_power_iteration._cold(weights, 0.3)
+        power_iteration._cold(weights, 0.3)
 
 
 def test_suites():
@@ -70,16 +83,16 @@ def test_a_line_that_fails_is_a_result_and_its_share_is_a_bar():
     def broken(device):
         raise RuntimeError("out of memory")
 
-    case = bench.Case("kick_", "x", "y", "float32", broken)
-    result = bench.measure(case, 1, "cpu")
+    case = Case("kick_", "x", "y", "float32", broken)
+    result = measure(case, 1, "cpu")
     assert not result.met and "out of memory" in bench.lines(result)[0]
 
     def slow(device):
         x = torch.zeros(1 << 20)
-        return bench.Work(lambda: [x.sum() for _ in range(20)], {}, bytes_moved=4)
+        return Work(lambda: [x.sum() for _ in range(20)], {}, bytes_moved=4)
 
-    case = bench.Case("kick_", "x", "y", "float32", slow, least_share=0.5)
-    assert not bench.measure(case, 2, "cpu").met
+    case = Case("kick_", "x", "y", "float32", slow, least_share=0.5)
+    assert not measure(case, 2, "cpu").met
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

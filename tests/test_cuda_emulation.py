@@ -26,7 +26,8 @@ CLASSES = {
     "staged": (GRID, 5, STAGED),
     "wide": (GRID, 5, WIDE),
 }
-every_class = pytest.mark.parametrize("kind", CLASSES)
+every_class = pytest.mark.parametrize("kind", list(CLASSES))
+CLASSES |= {"pair": (GRID, 2, ON_CHIP), "wide pair": (GRID, 2, WIDE)}
 ROOM = cuda.Limits(shared_bytes=300_000, blocks=12, cluster=8)
 SOURCE = compiler.source("power_iteration")
 
@@ -50,14 +51,9 @@ def emulated(monkeypatch):
 
 
 def forced(team, size, mode):
-    def choose(m, n, dtype, limits):
-        used = cuda._team_for(m, size) if team == GRID else size
-        if mode == ON_CHIP:
-            place = cuda._on_chip(m, n, dtype, team, used, limits)
-        elif mode == STAGED:
-            place = cuda._staged(m, n, dtype, used, limits)
-        else:
-            place = cuda._wide(m, n, dtype, used)
+    def choose(one, limits, _):
+        used = cuda._team_for(one.m, size) if team == GRID else size
+        place = cuda._place(one, mode, team, used, limits)
         assert place is not None
         return team, size, place
 
@@ -115,13 +111,8 @@ def test_every_ring_of_panels(emulated, monkeypatch, rows, stages):
     """As with shared memory of other sizes; several panels a block, the last one not whole."""
     emulated("staged")
 
-    def choose(m, n, dtype, limits):
-        groups = cuda._sizes(m, n, dtype, 2).groups
-        before = cuda._before_w(m, n, dtype, GRID, 2)
-        shared = before + rows * stages * groups * cuda._sizes(m, n, dtype, 2).padded * 2
-        return GRID, 2, cuda.Place(2, STAGED, rows, stages, shared, cuda._shown(n, dtype))
-
-    monkeypatch.setattr(cuda, "_choose", choose)
+    monkeypatch.setattr(cuda, "_choose", forced(GRID, 2, STAGED))
+    monkeypatch.setattr(cuda, "_rings", lambda *_: [(rows, stages)])
     ws = [normal(m, n, torch.bfloat16, m) for m, n in ((90, 600), (131, 132), (3, 520))]
     got = run(ws, max_steps=6, tol=0.0)
     exact = gti.power_iteration([w.double() for w in ws], max_steps=6, tol=0.0, backend="reference")
@@ -265,7 +256,7 @@ def test_plan_for_a_large_device():
     limits = cuda.Limits(shared_bytes=232_448, blocks=132, cluster=16)
 
     def where(m, n, dtype=torch.bfloat16, limits=limits):
-        team, size, place = cuda._choose(m, n, dtype, limits)
+        team, size, place = cuda._choose(cuda.Problem(m, n, dtype), limits, None)
         assert place.shared_bytes <= limits.shared_bytes
         return team, size, place.mode
 
@@ -282,11 +273,174 @@ def test_plan_for_a_large_device():
     assert sorted(i for one in launches for i in one.matrices) == [0, 1, 2, 3]
 
 
-def test_k_above_one_is_refused():
-    _, limits = gti.ops.power_iteration.limits_of_power_iteration(torch.ones(3, 3), k=2)
-    assert "at most 1" in limits["cuda"]
-    with pytest.raises(ValueError, match="k = 1"):
-        cuda.power_iteration([torch.ones(1, 3, 3)], 2, "cg", 5, 0.0, None, 0)
+@pytest.mark.parametrize("side", [4, 6, 16, 24])
+def test_every_shape_has_a_place_for_several_triples(side):
+    limits = cuda.Limits(shared_bytes=232_448, blocks=132, cluster=16)
+    k = side // 2 if side in (4, 16) else side // 3
+    for m, n in ((8, 8), (128, 128), (768, 768), (32000, 4096), (8, 10**6), (10**6, 8)):
+        for dtype in (torch.bfloat16, torch.float64):
+            one = cuda.Problem(m, n, dtype, k, side)
+            team, _, place = cuda._choose(one, limits, None)
+            assert team != CLUSTER and place.mode != STAGED
+            assert place.shared_bytes <= limits.shared_bytes
+            assert cuda._choose(one, limits, WIDE)[2].mode == WIDE
+    assert cuda._choose(cuda.Problem(64, 64, torch.bfloat16, k, side), limits, None)[0] == BLOCK
+    with pytest.raises(ValueError, match=rf"\[8, 8\] of .* with k = {k} .*mode {STAGED}"):
+        cuda._choose(cuda.Problem(8, 8, torch.bfloat16, k, side), limits, STAGED)
+
+
+def test_a_mode_can_be_asked_for(emulated):
+    emulator = emulated()
+    ws = [normal(40, 64)[None], normal(30, 41)[None]]
+    results = [
+        cuda.power_iteration(ws, 1, "cg", 12, 0.0, None, 0, mode)
+        for mode in (None, ON_CHIP, STAGED, WIDE)
+    ]
+    assert [one["cooperative"] for one in emulator.launches] == [False, False, True, True]
+    for sigma, *_ in results:
+        assert torch.allclose(sigma, results[0][0], rtol=1e-6)
+    emulated(shared_bytes=3000)
+    with pytest.raises(ValueError, match=rf"\[40, 64\] of torch.float32 .*mode {ON_CHIP}"):
+        cuda.power_iteration(ws, 1, "cg", 12, 0.0, None, 0, ON_CHIP)
+
+
+def test_more_triples_than_the_kernel_finds():
+    _, limits = gti.ops.power_iteration.limits_of_power_iteration(torch.ones(9, 9), k=9)
+    assert limits["cuda"] == "it finds at most 8 triples a matrix" == limits["triton"]
+    with pytest.raises(ValueError, match="k = 9: .* at most 8"):
+        cuda.power_iteration([torch.ones(1, 9, 9)], 9, "cg", 5, 0.0, None, 0)
+
+
+# ---- several triples ----------------------------------------------------------------------------
+
+every_subspace_class = pytest.mark.parametrize("kind", ["block", "pair", "wide pair"])
+
+
+@pytest.mark.parametrize(
+    "kind, dtype",
+    [*(("block", dtype) for dtype in DTYPES), ("pair", "float32"), ("wide pair", "bfloat16")],
+)
+def test_several_triples_agree_with_the_reference(emulated, monkeypatch, kind, dtype):
+    def make(method, k):
+        def arguments_of(dtype, device):
+            shapes = ((k, 11), (70, 33), (9, 301))
+            spectrum = 0.75 ** torch.arange(16, dtype=torch.float64)
+            ws = [
+                testing.with_spectrum(spectrum[: min(m, n)], m, n, dtype=dtype, seed=i)
+                for i, (m, n) in enumerate(shapes)
+            ]
+            return [ws], {"k": k, "method": method, "max_steps": 12, "tol": 0.0}
+
+        return arguments_of
+
+    emulator = emulated(kind)
+    cases = [("power", 3), ("cg", 8 if dtype == "float32" else 2)]
+    samples = [testing.Sample(f"{method}, k={k}", make(method, k)) for method, k in cases]
+    monkeypatch.setattr(testing, "samples", lambda op: samples)
+    for c in testing.compare("power_iteration", dtype, "cuda"):
+        assert c.error <= c.bound, c
+    assert len(emulator.launches) == len(cases)  # one a call
+    assert all(one["cooperative"] == (kind != "block") for one in emulator.launches)
+
+
+@pytest.mark.parametrize(
+    "method, kind", [("cg", "block"), ("power", "block"), ("cg", "pair"), ("power", "wide pair")]
+)
+def test_several_triples_of_special_matrices(emulated, kind, method):
+    emulated(kind)
+    base = testing.with_spectrum(torch.tensor([3.0, 1.5, 1.0, 0.1]).double(), 20, 17).float()
+    bad, infinite = base.clone(), base.clone()
+    bad[19, 16], infinite[3, 2] = math.nan, -math.inf
+    ws = [
+        torch.zeros(12, 30),
+        bad,
+        base,
+        infinite,
+        base * 1e30,
+        base * 1e-30,
+        torch.full((5, 6), 5.0e37),
+        torch.full((5, 6), 1.0e-37),
+        testing.with_spectrum(torch.tensor([2.0, 1.0]).double(), 9, 12).float(),  # rank < k
+        2.0 * torch.eye(24),
+        testing.with_spectrum(torch.tensor([2.0, 2, 2, 2, 0.1]).double(), 31, 9).float(),
+    ]
+    r = run(ws, k=3, tol=1e-5, max_steps=80, method=method)
+    sound = [i for i in range(len(ws)) if i not in (1, 3)]
+    for i in (1, 3):
+        assert r.sigma[i].isnan().all() and r.residual[i].isnan().all() and r.upper[i].isnan()
+        assert r.u[i].isnan().all() and r.v[i].isnan().all()
+        assert not r.converged[i] and r.steps[i] == 0
+    assert r.converged[sound].all() and (r.residual[sound] <= 1e-5).all()
+    assert len(set(r.steps.tolist())) > 2  # each stops on its own
+    for i in sound:
+        exact = torch.linalg.svdvals(ws[i].double())
+        assert (r.sigma[i].double() - exact[:3]).abs().max() <= 3e-6 * exact[0]
+        assert (r.sigma[i].diff() <= 1e-6 * exact[0]).all()
+        assert exact[0] * (1 - 1e-6) <= r.upper[i]
+        assert r.upper[i] <= 1.0001 * torch.linalg.matrix_norm(ws[i].double())
+        for x in (r.u[i].double(), r.v[i].double()):
+            assert (x.T @ x - torch.eye(3)).abs().max() < 1e-6
+        image = (ws[i].double() / exact[0].clamp(min=1e-300)) @ r.v[i].double()
+        scaled = r.u[i].double() * (r.sigma[i].double() / exact[0].clamp(min=1e-300))
+        assert (image - scaled).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("method", ["cg", "power"])
+def test_several_triples_stay_once_they_are_found(emulated, dtype, method):
+    """Long after convergence: residuals are rounding, the search space exceeds the matrix."""
+    emulated("block")
+    ws = [
+        testing.with_spectrum(torch.tensor(s).double(), m, n, dtype=dtype)
+        for s, m, n in (
+            ([2.0, 2, 2, 1, 1, 1, 0.5, 0.5, 0.5, 0.25], 30, 12),
+            ([1.0, 0.6, 0.36, 0.2, 0.1], 11, 301),
+            ([1.0, 1e-3, 1e-6], 25, 31),
+        )
+    ]
+    eps = torch.finfo(dtype).eps
+    for k in (2, 5):
+        r = run(ws, k=k, tol=0.0, max_steps=60, method=method)
+        assert (r.steps == 60).all() and (r.residual < 1e4 * eps).all()
+        for i, w in enumerate(ws):
+            exact = torch.linalg.svdvals(w.double())[:k]
+            assert (r.sigma[i].double() - exact).abs().max() <= 32 * eps * exact[0]
+            for x in (r.u[i].double(), r.v[i].double()):
+                assert (x.T @ x - torch.eye(k)).abs().max() < 32 * eps
+
+
+@every_subspace_class
+def test_several_start_vectors(emulated, kind):
+    emulated(kind)
+    w = testing.with_spectrum(0.8 ** torch.arange(30).double(), 60, 30).float()
+    cold = run([w], k=4, tol=1e-4)
+    warm = run([w + 1e-4 * normal(60, 30)], k=4, tol=1e-4, start=cold)
+    assert warm.converged.all() and warm.steps < cold.steps / 2
+    one, truth = (
+        gti.power_iteration([w], k=4, max_steps=1, seed=-5, backend=backend)
+        for backend in ("cuda", "reference")
+    )
+    assert torch.allclose(one.sigma, truth.sigma, rtol=1e-5)
+    # A column that is zero, not finite or a copy of another is replaced.
+    v = cold.v[0].clone()
+    v[:, 1], v[:, 2], v[3, 3] = 0.0, v[:, 0], math.nan
+    again = run([w], k=4, tol=1e-4, start=cold._replace(v=[v]))
+    assert again.converged.all() and torch.allclose(again.sigma, cold.sigma, rtol=1e-4)
+
+
+@every_subspace_class
+def test_several_triples_have_the_same_bits_in_any_list_and_order(emulated, kind):
+    ws = [normal(40, 300), normal(33, 7), torch.eye(9), normal(3, 65)]
+    results = []
+    for order in (0, 1, 7):
+        emulated(kind, order)
+        results.append(run(ws, k=3, max_steps=4, tol=1e-3))
+    assert bits(results[0]) == bits(results[1]) == bits(results[2])
+    for i, w in enumerate(ws):
+        # The number of a matrix in the call decides its random start.
+        alone = run([torch.zeros(3, 3)] * i + [w], k=3, max_steps=4, tol=1e-3)
+        assert torch.equal(alone.v[i], results[0].v[i]) and torch.equal(alone.u[i], results[0].u[i])
+        assert alone.steps[i] == results[0].steps[i]
 
 
 # ---- what the emulation finds -------------------------------------------------------------------

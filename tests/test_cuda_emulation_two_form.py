@@ -13,8 +13,7 @@ from cuda_emulation import emulate
 
 import gti_kernels as gti
 from gti_kernels import testing
-from gti_kernels.cuda_kernels import compiler, ragged
-from gti_kernels.cuda_kernels import two_form as cuda
+from gti_kernels.cuda_kernels import compiler, inner_products, ragged
 
 #: m and metric of every kernel: tiles of 4, 8, 16, 32 rows (of 2 and 4 for fp64), one or more.
 CUTS = ((2, True), (4, False), (7, True), (16, False), (21, True), (40, False))
@@ -72,7 +71,7 @@ def test_integers_bit_for_bit(emulated, dtype, m, metric):
 def test_long_stretches(emulated, monkeypatch, blocks, dtype):
     """Sums that are flushed on the way, for any number of stretches."""
     emulated()
-    monkeypatch.setattr(cuda, "BLOCKS", blocks)
+    monkeypatch.setattr(inner_products, "BLOCKS", blocks)
     working = getattr(torch, dtype)
     for m, metric in ((3, True), (9, False)):
         dq, dp = (integers(m, (9000, 5, 4000), working, seed=s) for s in (2, 3))
@@ -187,6 +186,22 @@ def test_mixed_dtypes(emulated):
         assert len(emulator.launches) == launches
 
 
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+@pytest.mark.parametrize("metric", [False, True])
+def test_a_batch_is_one_launch_and_its_problems_to_the_bit(emulated, dtype, metric):
+    emulator = emulated()
+    dq, dp = (
+        testing.numbers(4, 6, 150, dtype=getattr(torch, dtype), device="cpu", seed=s)
+        for s in (0, 1)
+    )
+    together = gti.two_form(dq, dp, metric=metric, backend="cuda")
+    assert len(emulator.launches) == 2
+    for i in range(4):
+        alone = gti.two_form(dq[i], dp[i], metric=metric, backend="cuda")
+        for x, y in zip(together, alone, strict=True):
+            assert x is None or torch.equal(x[i], y)
+
+
 def test_more_vectors_than_a_block_takes(emulated):
     emulated()
     dq, dp = integers(130, (5,), torch.float32), integers(130, (5,), torch.float32, seed=1)
@@ -194,14 +209,18 @@ def test_more_vectors_than_a_block_takes(emulated):
     assert torch.equal(form.omega, exactly(dq, dp)[0])
 
 
-def test_sizes_of_the_launcher_are_those_of_the_source():
+@pytest.mark.parametrize("stem", ["two_form", "gram"])
+def test_sizes_of_the_launcher_are_those_of_the_source(stem):
     """A kernel's macros lead back to its tile, whose sums are flushed after whole units."""
-    for spec in cuda.SPECIALISATIONS[:-2]:
+    for spec in inner_products.specialisations(stem):
+        if spec.entry != "tile_sums":
+            continue
         macros = dict(spec.defines)
         dtype = {v: k for k, v in ragged.ELEMENT.items()}[macros["ELEMENT"]]
-        tile = cuda.Tile(int(macros["TILE"]), bool(macros["METRIC"]), dtype)
-        assert tile.specialisation == spec
-        assert cuda.FLUSH % tile.columns == 0 or tile.exact
+        options = (bool(macros.get(name)) for name in ("METRIC", "WEIGHTED", "SYMMETRIC", "PAIRS"))
+        tile = inner_products.Tile(macros["TILE"], dtype, *options)
+        assert inner_products.specialisation(stem, tile) == spec
+        assert inner_products.FLUSH % tile.columns == 0 or tile.by_lane
         assert tile.shared_bytes <= 100_000
 
 
@@ -209,7 +228,7 @@ def test_the_emulation_finds_a_missing_barrier(emulated):
     """Before the warps' sums are added: the first has more units than the others, one of which
     reads too early."""
     text = compiler.source("two_form")
-    at = text.index("__syncthreads();", text.index("work.run<kPlain>(table"))
+    at = text.index("__syncthreads();", text.index("work.run<kPlain>(list"))
     dq, dp = integers(8, (300,), torch.float32), integers(8, (300,), torch.float32, seed=1)
     found = []
     for order in (0, 1, 7):

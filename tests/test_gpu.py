@@ -208,6 +208,129 @@ def test_a_capped_step_of_leapfrog_in_a_cuda_graph():
     assert int(runs[0][-2]) > 0
 
 
+# ---- the plan -----------------------------------------------------------------------------------
+
+PLANS = pytest.mark.parametrize("backend", ["cuda", "triton"])
+SIZES = (1, 0, 7, 4097, 100_001)
+
+
+def lists(count: int, dtype: torch.dtype) -> list[list[torch.Tensor]]:
+    """On the CPU: numbers of very different sizes."""
+    out = [
+        [testing.numbers(n, dtype=dtype, device="cpu", seed=31 * a + n) for n in SIZES]
+        for a in range(count)
+    ]
+    for x in flat(out):
+        x[3::4] *= 2.0**-20
+    return out
+
+
+def plans(backend: str, dtype: torch.dtype, **options):
+    """The same plan on the CPU and on the GPU, each with its gradients."""
+    both = []
+    for name, device in (("cpu", "cpu"), (backend, "cuda")):
+        q, grads, mass = ([x.to(device) for x in xs] for xs in lists(3, dtype))
+        mass = [w.float().abs() + 0.1 for w in mass]
+        space = gti.PhaseSpace(q, inv_mass=mass, seed=3, backend=name, **options)
+        both.append((space, grads))
+    return both
+
+
+def check_same_bits(a, b) -> None:
+    for xs, ys in ((a.params, b.params), (a.momenta, b.momenta)):
+        assert all(torch.equal(x, y.to(x.device)) for x, y in zip(xs, ys, strict=True))
+
+
+@pytest.mark.parametrize("wide", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@PLANS
+def test_steps_of_a_plan_have_the_bits_of_the_cpu(backend, dtype, wide):
+    need(backend)
+    if backend == "triton" and dtype == wide:
+        pytest.skip("uniform lists run on the ops of leapfrog.py there")
+    energies = []
+    both = plans(backend, dtype, momentum_dtype=wide)
+    for space, grads in both:
+        energies.append([float(space.kick_drift_(0.1, 0.2, damp=0.9, grads=grads))])
+        space.kick_(0.3, grads=[*grads[:3], None, grads[4]])
+        space.drift_(-0.1)
+        energies[-1].append(float(space.kick_drift_(0.3, 0.1, grads=grads)))
+    check_same_bits(both[0][0], both[1][0])
+    assert energies[1] == pytest.approx(energies[0], rel=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@PLANS
+def test_exact_steps_have_the_bits_of_the_cpu_and_return(backend, dtype):
+    need(backend)
+    both = plans(backend, dtype, exact=True, momentum="gaussian")
+    start = [x.clone() for x in flat([both[1][0].params, both[1][0].momenta])]
+    for space, grads in both:
+        for _ in range(3):
+            space.kick_drift_(0.1, 0.2, damp=0.9, grads=grads)
+        space.scale_momenta_(0.7)
+        space.kick_(0.1, grads=grads)
+    check_same_bits(both[0][0], both[1][0])
+    checksums = [list(space._engine.moves.checksums) for space, _ in both]
+    assert checksums[0] == checksums[1]
+    space, grads = both[1]
+    space.kick_(-0.1, grads=grads)
+    space.scale_momenta_(1 / 0.7)
+    for _ in range(3):
+        space.drift_(-0.2)
+        space.kick_(-0.1 / 0.9, damp=1 / 0.9, grads=grads)
+    end = flat([space.params, space.momenta])
+    assert all(torch.equal(a, b) for a, b in zip(start, end, strict=True))
+
+
+def test_a_step_of_a_plan_does_not_wait_for_the_device():
+    need("cuda")
+    ((_, _), (space, grads)), factor = plans("cuda", torch.bfloat16), torch.tensor(0.1).cuda()
+    space.kick_drift_(factor, 0.1, grads=grads)
+    others = [g.clone() for g in grads]  # other addresses: a row is uploaded
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        space.kick_drift_(factor, factor, damp=factor, grads=others)
+        space.kick_(0.1, grads=grads)
+        space.drift_(factor)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_pass_over_the_grid_does_not_wait_for_the_device():
+    need("cuda")
+    (_, (space, grads)) = plans("cuda", torch.float32, exact=True)
+    space.kick_drift_(0.1, 0.1, grads=grads)
+    grid = space._engine
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = grid.kernels.grid_step(
+            space.params, grid.rest_q, grid.Q, grid.P, grads, grid.mass, grid.unit_q, grid.unit_p,
+            [1.0] * len(grads), True, True, False, 0.1, 0.1,
+        )  # fmt: skip
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(x.device.type == "cuda" and x.shape == () for x in found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_of_a_plan_in_a_cuda_graph(dtype):
+    """Replays are steps one after the other: 16-bit parameters are rounded with other random bits
+    each time."""
+    need("cuda")
+    spaces = [plans("cuda", dtype)[1] for _ in range(2)]
+    (space, grads), (mirror, others) = spaces
+    graph, energy = capture(lambda: space.kick_drift_(0.1, 0.2, damp=0.9, grads=grads))
+    mirror.kick_drift_(0.1, 0.2, damp=0.9, grads=others)  # the call before the capture
+    for _ in range(3):
+        for a, b in zip(grads, others, strict=True):
+            b.copy_(a.normal_())
+        graph.replay()
+        expected = mirror.kick_drift_(0.1, 0.2, damp=0.9, grads=others)
+        assert torch.equal(energy, expected)
+        check_same_bits(space, mirror)
+
+
 # ---- launches of CUDA C++ -----------------------------------------------------------------------
 
 FLOAT = (("REAL", "float"),)

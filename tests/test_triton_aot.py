@@ -19,7 +19,8 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-OPS = ["ragged", "leapfrog", "phase_space", "kinetic_energy", "two_form", "power_iteration"]
+OPS = ["ragged", "leapfrog", "phase_space", "kinetic_energy", "power_iteration"]
+OPS += ["inner_products", "two_form", "gram"]
 ARCHITECTURES = [80, 90, 100]
 
 
@@ -106,9 +107,9 @@ def test_compiles_without_spills(compiled: list[Compiled]) -> None:
             assert " STACK:0 " in c.resources and c.resources.endswith("LOCAL:0"), str(c)
 
 
-def test_two_form_keeps_its_precision(compiled: list[Compiled]) -> None:
+def test_inner_products_keep_their_precision(compiled: list[Compiled]) -> None:
     for c in compiled:
-        if c.kernel not in ("tile_kernel", "reduce_kernel", "finish_kernel"):
+        if c.kernel not in ("tile_kernel", "reduce_kernel", "finish_kernel", "gram_kernel"):
             continue
         if "LIMIT" in c.constants or "EPS" in c.constants:
             continue  # another op's kernel of that name
@@ -117,8 +118,14 @@ def test_two_form_keeps_its_precision(compiled: list[Compiled]) -> None:
             # One fma per product, for its error; a contracted sum would add to them.
             products = 0
             if c.kernel == "tile_kernel":
-                entries = int(c.constants["T"]) ** 2 * int(c.constants["BLOCK"])
-                products = entries // (32 * c.warps) * (3 if c.constants["METRIC"] == "True" else 1)
+                rows, lanes = int(c.constants["T"]), int(c.constants["BLOCK"])
+                forms = 3 if c.constants["METRIC"] == "True" else 1
+                entries = rows**2 * forms
+                if c.constants["WEIGHT"] != "None":  # one more, and one for w times each row
+                    entries = 2 * entries + rows
+                elif c.constants["SYMMETRIC"] == c.constants["ONE_TILE"] == "True":
+                    entries = rows * (rows + 1) // 2  # the compiler sees a_i a_j twice
+                products = entries * lanes // (32 * c.warps)
             assert len(re.findall(r"fma\.rn\.f64", c.ptx)) == products, str(c)
 
 

@@ -30,13 +30,21 @@ on_gpu_only = pytest.mark.skipif(INTERPRETING, reason="needs a GPU")
 
 import gti_kernels  # noqa: E402
 from gti_kernels import testing  # noqa: E402
+from gti_kernels.reference import gram as ref_gram  # noqa: E402
 from gti_kernels.reference import kinetic_energy as ref_energy  # noqa: E402
 from gti_kernels.reference import leapfrog as ref_leapfrog  # noqa: E402
 from gti_kernels.reference import phase_space as ref_phase  # noqa: E402
 from gti_kernels.reference import power_iteration as ref_power  # noqa: E402
 from gti_kernels.reference import two_form as ref_form  # noqa: E402
+from gti_kernels.triton_kernels import (  # noqa: E402
+    gram,
+    inner_products,
+    leapfrog,
+    phase_space,
+    power_iteration,
+    two_form,
+)
 from gti_kernels.triton_kernels import kinetic_energy as energy  # noqa: E402
-from gti_kernels.triton_kernels import leapfrog, phase_space, power_iteration, two_form  # noqa: E402
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 BLOCK = leapfrog.BLOCK
@@ -365,7 +373,7 @@ def test_two_form_of_a_batch_is_its_problems(metric: bool) -> None:
 
 def test_two_form_sums_in_several_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     """As with more partial sums than one round of the second kernel takes."""
-    monkeypatch.setattr(two_form, "REDUCE_BLOCK", 2)
+    monkeypatch.setattr(inner_products, "REDUCE_BLOCK", 2)
     for dtype in (torch.float32, torch.float64):
         check_form(tangents(2, [3_100], [dtype], 1), tangents(2, [3_100], [dtype], 2))
 
@@ -402,6 +410,109 @@ def test_two_form_nan_stays_in_its_row_and_column() -> None:
             for x, y in ((omega, clean), (gram, clean_gram)):
                 assert torch.equal(x.isnan(), hit) and torch.equal(x[~hit], y[~hit])
             assert torch.equal(bound.isnan(), hit)
+
+
+# --- gram -----------------------------------------------------------------------------------------
+
+
+def check_gram(a: list[Tensor], b: list[Tensor] | None, w: list[Tensor] | None) -> None:
+    got, bound = gram.gram(a, b, w)
+    exact, truth_bound = ref_gram.gram(a, b, w)
+    y = a if b is None else b
+    weight = [x.new_ones(x.shape[-1]) for x in a] if w is None else w
+    size = [
+        sum((v.double().abs() * t.double().square()).sum(-1) for t, v in zip(x, weight)).sqrt()
+        for x in (a, y)
+    ]
+    size = size[0][..., :, None] * size[1][..., None, :]
+    assert got.shape == exact.shape == (*a[0].shape[:-1], y[0].shape[-2])
+    assert ((got - exact).abs() <= bound + truth_bound).all()
+    # Of size where the sum is, and no larger.
+    compensated = any(t.dtype == torch.float64 for t in (*a, *weight))
+    assert (bound <= (1.2e-16 * exact.abs() + 1e-26 * size if compensated else 2e-14 * size)).all()
+    if b is None:
+        assert torch.equal(got, got.mT) and torch.equal(bound, bound.mT)
+
+
+@pytest.mark.parametrize("weight", [None, torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
+def test_gram_parity(dtype: torch.dtype, weight: torch.dtype | None) -> None:
+    sizes = [1, 0, 130, 9]
+    w = None if weight is None else [t * 2.0**-20 for t in normals(sizes, [weight], 3)]
+    for m, l in ((1, 3), (3, 2), (2, 5)):
+        a, b = tangents(m, sizes, [dtype], 1), tangents(l, sizes, [dtype], 2)
+        check_gram(a, b, w)
+        check_gram(b, None, w)
+
+
+def test_gram_of_many_vectors() -> None:
+    """More than one tile down, across, both."""
+    for m, l in ((20, 3), (34, 33)):
+        a, b, w = (
+            tangents(m, [70, 3], [torch.float32], 1),
+            tangents(l, [70, 3], DTYPES[1:2], 2),
+            None,
+        )
+        check_gram(a, b, w)
+        check_gram(b, None, normals([70, 3], [torch.float32], 3))
+    a, b = tangents(6, [9], [torch.float64], 1), tangents(9, [9], [torch.float64], 2)
+    check_gram(a, b, normals([9], [torch.float64], 3))
+    check_gram(b, None, None)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_gram_of_a_batch_is_its_problems(dtype: torch.dtype) -> None:
+    a, b, w = normal((3, 4, 150), dtype, 1), normal((3, 2, 150), dtype, 2), normal(150, dtype, 3)
+    for right, weight in ((b, w), (None, w), (b, None)):
+        together = gti_kernels.gram(a, right, weight, backend="triton")
+        for i in range(3):
+            alone = gti_kernels.gram(
+                a[i], None if right is None else right[i], weight, backend="triton"
+            )
+            assert torch.equal(together.matrix[i], alone.matrix)
+            assert torch.equal(together.error_bound[i], alone.error_bound)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_gram_of_integers_is_bitwise(dtype: torch.dtype) -> None:
+    """Several blocks a program, several programs, several tensors; weights that are negative."""
+    sizes = [1_500, 3, 700]
+    g = torch.Generator().manual_seed(0)
+    a, b, w = (
+        [torch.randint(-9, 10, (*m, n), generator=g).to(dtype).to(DEVICE) for n in sizes]
+        for m in ((3,), (4,), ())
+    )
+    x, y, scale = (torch.cat(t, -1).double() for t in (a, b, w))
+    assert torch.equal(gram.gram(a, b, w)[0], (x * scale) @ y.T)
+    assert torch.equal(gram.gram(b, None, w)[0], (y * scale) @ y.T)
+    assert torch.equal(gram.gram(b, None, None)[0], y @ y.T)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_gram_bound_holds_where_all_cancels(dtype: torch.dtype) -> None:
+    """Rows that are orthogonal but for the last bits, of 40 decimal orders, with weights."""
+    n = 75
+    scale = (10.0 ** torch.linspace(-10, 10, n, dtype=torch.float64)).to(dtype)
+    for seed in range(4):
+        x, y = normal((2, n), dtype, seed).cpu() * scale
+        a, b = torch.stack([torch.cat([x, y])]), torch.stack([torch.cat([y, -x])])
+        w = normal(n, dtype, seed + 9).cpu().abs().repeat(2)
+        b[0, 0] *= 1 + torch.finfo(dtype).eps * seed
+        got, bound = (t.item() for t in gram.gram(*([t.to(DEVICE)] for t in (a, b, w))))
+        rows = (map(Fraction, t.flatten().tolist()) for t in (a, b, w))
+        exact = sum((p * q * r for p, q, r in zip(*rows, strict=True)), Fraction(0))
+        assert abs(Fraction(got) - exact) <= Fraction(bound)
+
+
+def test_gram_nan_stays_in_its_row_or_column() -> None:
+    for m, dtype in ((3, torch.float64), (5, torch.float32)):
+        a, b = normal((m, 50), dtype, 1), normal((2, 50), dtype, 2)
+        clean = gram.gram([a], [b], None)
+        a[1, 7] = b[0, 49] = float("nan")
+        hit = torch.zeros(m, 2, dtype=torch.bool, device=DEVICE)
+        hit[1], hit[:, 0] = True, True
+        for x, before in zip(gram.gram([a], [b], None), clean, strict=True):
+            assert torch.equal(x.isnan(), hit) and torch.equal(x[~hit], before[~hit])
 
 
 # --- power_iteration ------------------------------------------------------------------------------
@@ -607,7 +718,8 @@ def test_graph_capture() -> None:
 
     def work():  # type: ignore[no-untyped-def]
         k = leapfrog.kick_drift_(q, p, g, 0.1, 0.2, [1.0, 2.0], 0.9)
-        return k, two_form.two_form(dq, dp, True)[0], run(power_iteration, ws)[0]
+        form, products = two_form.two_form(dq, dp, True)[0], gram.gram(dq, dp, None)[0]
+        return k, form, products, run(power_iteration, ws)[0]
 
     work()
     torch.cuda.synchronize()
@@ -641,6 +753,7 @@ def test_no_host_sync() -> None:
         gti_kernels.drift_(p, g, step)
         gti_kernels.kick_drift_(p, copies(p), g, step, 0.1)
         two_form.two_form([ws[0][0]], [ws[0][1]], True)
+        gram.gram([ws[0][0]], None, [p[:60]])
         run(power_iteration, ws)
     finally:
         torch.cuda.set_sync_debug_mode("default")

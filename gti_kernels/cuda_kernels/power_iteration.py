@@ -1,4 +1,4 @@
-"""Top singular triples in CUDA C++ (k = 1): one launch for all steps of the matrices of a class.
+"""Top singular triples in CUDA C++: one launch for all steps of the matrices of a class.
 
 The classes stand at the head of `csrc/cuda/power_iteration.cu`: a matrix belongs to one block, to a
 cluster or to many blocks of a cooperative launch, and its rows are in shared memory if they fit.
@@ -7,6 +7,7 @@ The plan of a list of shapes says which; it is made once and kept.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -29,15 +30,28 @@ ON_CHIP, STAGED, WIDE = 0, 1, 2  # where W is read from
 COLUMNS = 10
 SLOT_BYTES = 128  # of a block of a grid, for its sums
 
+#: Of k > 1: the most triples; bytes of a Gram matrix of 3·8 vectors and 16 more sums, and of the
+#: small matrices in front of everything else in shared memory.
+MOST_TRIPLES = 8
+SUMS_BYTES = (24 * 25 // 2 + 16) * 8
+DENSE_BYTES = 25600
 
-def specialisation(dtype: torch.dtype, team: int) -> Specialisation:
-    """The kernel for weights of a dtype and one kind of team."""
-    defines = (("ELEMENT", ELEMENT[dtype]), ("TEAM", team), ("THREADS", THREADS))
+
+def specialisation(dtype: torch.dtype, team: int, k: int = 1) -> Specialisation:
+    """The kernel for weights of a dtype and one kind of team, for k = 1 or for any k > 1."""
+    defines = (
+        ("ELEMENT", ELEMENT[dtype]),
+        ("TEAM", team),
+        ("SUBSPACE", int(k > 1)),
+        ("THREADS", THREADS),
+    )
     return Specialisation(ENTRY, defines, 90 if team == CLUSTER else 80)
 
 
 SPECIALISATIONS = tuple(
-    specialisation(dtype, team) for dtype in ELEMENT for team in (BLOCK, CLUSTER, GRID)
+    specialisation(dtype, team, k)
+    for dtype in ELEMENT
+    for team, k in ((BLOCK, 1), (CLUSTER, 1), (GRID, 1), (BLOCK, 2), (GRID, 2))
 )
 
 
@@ -49,6 +63,16 @@ class Limits(NamedTuple):
     cluster: int  #: most blocks of a cluster; 0 where there are none
 
 
+class Problem(NamedTuple):
+    """A matrix [m, n] and what is wanted of it."""
+
+    m: int
+    n: int
+    dtype: torch.dtype
+    k: int = 1
+    side: int = 3  #: vectors of the search space
+
+
 class Place(NamedTuple):
     """Where a matrix is worked on: the last four numbers of its row, and what it needs."""
 
@@ -57,7 +81,8 @@ class Place(NamedTuple):
     rows: int
     stages: int
     shared_bytes: int
-    region_bytes: int  # of a block in device memory (GRID)
+    x_bytes: int  # in device memory, of the team (GRID)
+    region_bytes: int  # in device memory, of a block (GRID)
 
 
 class Launch(NamedTuple):
@@ -82,18 +107,22 @@ def power_iteration(
     tol: float,
     start: list[Tensor] | None,
     seed: int,
+    mode: int | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor, Tensor, Tensor]:
     """σ [M, k], u, v (lists of [B, m, k], [B, n, k]), residual [M, k], steps, converged, upper [M].
 
     weights: tensors [B, m, n], each with its own B, m, n and dtype, M matrices in all; start:
-    tensors [B, n, k] or None (random). σ, residual and upper are fp64. Here k = 1. Works inside a
-    CUDA-graph capture after one call with the same tensors.
+    tensors [B, n, k] or None (random). σ, residual and upper are fp64. k ≤ 8: the Gram matrix of 3k
+    vectors is in shared memory. mode: where every W is read from (ON_CHIP, STAGED, WIDE) in place
+    of what the plan finds best: ValueError where a matrix does not fit. Works inside a CUDA-graph
+    capture after one call with the same tensors.
     """
-    if k != 1:
-        raise ValueError(f"k = {k}: the CUDA kernel finds the top triple only (k = 1)")
+    if k > MOST_TRIPLES:
+        raise ValueError(f"k = {k}: the CUDA kernel finds at most {MOST_TRIPLES} triples a matrix")
     device = weights[0].device
     numbers = prefix([w.shape[0] for w in weights])  # of the first matrix of each tensor
-    scalars = torch.empty(3, numbers[-1], dtype=torch.float64, device=device)
+    sigma, residual = torch.empty(2, numbers[-1], k, dtype=torch.float64, device=device)
+    upper = torch.empty(numbers[-1], dtype=torch.float64, device=device)
     steps = torch.empty(numbers[-1], dtype=torch.int64, device=device)
     converged = torch.empty(numbers[-1], dtype=torch.bool, device=device)
     u: list[Tensor] = [weights[0]] * len(weights)
@@ -107,28 +136,31 @@ def power_iteration(
                 [weights[t] for t in members],
                 [numbers[t] for t in members],
                 [start[t] for t in members] if start is not None else None,
-                (int(method == "power"), max_steps, tol, seed % (1 << 64)),
-                (*scalars, steps, converged),
+                (k, int(method == "power"), max_steps, tol, seed % (1 << 64)),
+                (sigma, residual, upper, steps, converged),
+                mode,
             )
             for t, u_t, v_t in zip(members, us, vs, strict=True):
                 u[t], v[t] = u_t, v_t
-    sigma, residual, upper = scalars
-    return sigma[:, None], u, v, residual[:, None], steps, converged, upper
+    return sigma, u, v, residual, steps, converged, upper
 
 
 def _one_dtype(
     weights: list[Tensor],  # [B, m, n]
     numbers: list[int],  # of the first matrix of each in the whole call
     start: list[Tensor] | None,
-    settings: tuple[int, int, float, int],  # power, max_steps, tol, seed
+    settings: tuple[int, int, int, float, int],  # k, power, max_steps, tol, seed
     out: tuple[Tensor, ...],  # σ, residual, upper, steps, converged of the whole call, written
+    mode: int | None,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """All launches for weights of one dtype; returns u and v."""
     weights = [w.contiguous() for w in weights]
     dtype, device = weights[0].dtype, weights[0].device
     c = compute_dtype(dtype)
-    lengths_m = [w.shape[0] * w.shape[1] for w in weights]
-    lengths_n = [w.shape[0] * w.shape[2] for w in weights]
+    k, power, max_steps, tol, seed = settings
+    seed -= (seed >> 63) << 64  # its bits as an int64
+    lengths_m = [w.shape[0] * w.shape[1] * k for w in weights]
+    lengths_n = [w.shape[0] * w.shape[2] * k for w in weights]
     u = torch.empty(sum(lengths_m), dtype=c, device=device)
     v = torch.empty(sum(lengths_n), dtype=c, device=device)
     v0 = None
@@ -136,7 +168,7 @@ def _one_dtype(
         v0 = torch.cat([x.reshape(-1).to(c) for x in start])
 
     shapes = tuple(tuple(w.shape) for w in weights)
-    launches = plan(shapes, dtype, limits(device))
+    launches = plan(shapes, dtype, limits(device), k, (2 if power else 3) * k, mode)
     key = tuple((w.data_ptr(), number) for w, number in zip(weights, numbers, strict=True))
     table = device_table(_table(key, shapes, dtype, launches), device) if launches else None
     done = 0
@@ -147,17 +179,15 @@ def _one_dtype(
         if one.team == GRID:
             memory = torch.empty(teams * one.team_bytes, dtype=torch.uint8, device=device)
             counters = torch.zeros(count + teams, dtype=torch.int32, device=device)
-        needed = specialisation(dtype, one.team)
+        needed = specialisation(dtype, one.team, k)
         compiled = kernel(STEM, needed.entry, needed.defines, device)
-        power, max_steps, tol, seed = settings
-        seed -= (seed >> 63) << 64  # its bits as an int64
         launch(
             compiled,
             one.grid,
             THREADS,
             [
                 table[COLUMNS * done : COLUMNS * (done + count)],  # type: ignore[index]
-                *(count, one.size, power, max_steps, tol, seed, v0),
+                *(count, one.size, k, power, max_steps, tol, seed, v0),
                 *(memory, one.team_bytes, one.x_bytes, one.region_bytes, counters),
                 *(u, v, *out),
             ],
@@ -166,8 +196,8 @@ def _one_dtype(
             cooperative=one.team == GRID,
         )
         done += count
-    us = [x.view(w.shape[0], w.shape[1], 1) for x, w in zip(u.split(lengths_m), weights)]
-    vs = [x.view(w.shape[0], w.shape[2], 1) for x, w in zip(v.split(lengths_n), weights)]
+    us = [x.view(w.shape[0], w.shape[1], k) for x, w in zip(u.split(lengths_m), weights)]
+    vs = [x.view(w.shape[0], w.shape[2], k) for x, w in zip(v.split(lengths_n), weights)]
     return us, vs
 
 
@@ -194,14 +224,22 @@ def _table(
 
 @lru_cache(maxsize=64)
 def plan(
-    shapes: tuple[tuple[int, ...], ...], dtype: torch.dtype, limits: Limits
+    shapes: tuple[tuple[int, ...], ...],
+    dtype: torch.dtype,
+    limits: Limits,
+    k: int = 1,
+    side: int = 3,
+    mode: int | None = None,
 ) -> tuple[Launch, ...]:
-    """The launches for tensors of shapes [B, m, n]: one for each kind and size of team."""
+    """The launches for tensors of shapes [B, m, n]: one for each kind and size of team.
+
+    side: vectors of the search space, 3k or (method "power") 2k.
+    """
     found: dict[tuple[int, int], list[tuple[int, int, Place]]] = {}
     index = 0
     for batch, m, n in shapes:
         if batch:
-            team, size, place = _choose(m, n, dtype, limits)
+            team, size, place = _choose(Problem(m, n, dtype, k, side), limits, mode)
             members = found.setdefault((team, size), [])
             members += [(-m * n, index + b, place) for b in range(batch)]
             index += batch
@@ -209,11 +247,7 @@ def plan(
     for (team, size), members in sorted(found.items(), reverse=True):
         _, matrices, places = zip(*sorted(members, key=lambda x: x[:2]), strict=True)
         most = max(len(members), 1) if team != GRID else min(len(members), limits.blocks // size)
-        lengths = [n for batch, _, n in shapes for _ in range(batch)]
-        x_bytes = (
-            max(p.size * _width(lengths[i], dtype, p.size) for i, p in zip(matrices, places))
-            * compute_dtype(dtype).itemsize
-        )
+        x_bytes = max(p.x_bytes for p in places)
         region_bytes = max(p.region_bytes for p in places)
         launches.append(
             Launch(
@@ -231,25 +265,82 @@ def plan(
     return tuple(launches)
 
 
-def _choose(m: int, n: int, dtype: torch.dtype, limits: Limits) -> tuple[int, int, Place]:
-    """Kind and size of the team of a matrix [m, n], and its place there.
+def _choose(one: Problem, limits: Limits, mode: int | None) -> tuple[int, int, Place]:
+    """Kind and size of the team of a matrix, and its place there.
 
-    The smallest team in whose shared memory W fits: a block, a cluster, a quarter of the device
-    (four matrices at a time), the device. Else W streams through all of the device.
+    The smallest team in whose shared memory W fits: a block, a cluster (k = 1), a quarter of the
+    device (four matrices at a time), the device. Else W streams through all of the device: staged
+    where a few rows fit (k = 1). For k > 1 a block has all vectors in shared memory too.
     """
-    whole = _team_for(m, limits.blocks)
+    whole = (GRID, limits.blocks, _team_for(one.m, limits.blocks))
     teams = [(BLOCK, 1, 1)]
-    teams += [(CLUSTER, size, size) for size in (8, 16) if size <= limits.cluster]
+    if one.k == 1:
+        teams += [(CLUSTER, size, size) for size in (8, 16) if size <= limits.cluster]
     quarter = limits.blocks // 4
     if quarter > 1:
-        teams.append((GRID, quarter, _team_for(m, quarter)))
-    teams.append((GRID, limits.blocks, whole))
-    for team, size, used in teams:
-        place = _on_chip(m, n, dtype, team, used, limits)
-        if place is not None:
-            return team, size, place
-    place = _staged(m, n, dtype, whole, limits) or _wide(m, n, dtype, whole)
-    return GRID, limits.blocks, place
+        teams.append((GRID, quarter, _team_for(one.m, quarter)))
+    places = [(ON_CHIP, *t) for t in (*teams, whole)] + [(STAGED, *whole), (WIDE, *whole)]
+    for kind, team, size, used in places:
+        if mode is None or kind == mode:
+            place = _place(one, kind, team, used, limits)
+            if place is not None:
+                return team, size, place
+    raise ValueError(
+        f"power_iteration: a matrix [{one.m}, {one.n}] of {one.dtype} with k = {one.k} cannot be "
+        f"worked on in mode {mode} here; mode=None finds a place for every matrix"
+    )
+
+
+def _place(one: Problem, mode: int, team: int, size: int, limits: Limits) -> Place | None:
+    """The place of a matrix in a mode and a team of so many blocks, or None where it does not fit.
+
+    The kernel's `lay_out` counts the same bytes.
+    """
+    s = _sizes(one, size)
+    element, c = one.dtype.itemsize, compute_dtype(one.dtype).itemsize
+    shared, x_bytes, region = 1024 + 16 * THREADS, 0, 0  # Control
+    if one.k > 1:
+        vectors = one.side * (2 * s.padded + one.m) * c
+        shares = one.k * s.groups * s.padded * c
+        shared += DENSE_BYTES
+        if team == BLOCK:
+            shared = _whole(shared + vectors + shares, 16)
+        else:
+            x_bytes, region = _whole(SUMS_BYTES + vectors, 16), SLOT_BYTES + SUMS_BYTES + shares
+    else:
+        vectors = _whole((5 * s.width + 3 * s.rows) * c, 16)
+        share, shares = s.padded * c, s.groups * s.padded * c
+        if team == GRID:
+            x_bytes = size * s.width * c
+            region = SLOT_BYTES + (shares + vectors if mode == WIDE else share)
+        else:
+            shared += s.width * c
+        if mode != WIDE:
+            shared += vectors + share + shares
+
+    rows = stages = 0
+    if mode == ON_CHIP:
+        shared += s.rows * s.padded * element
+    elif mode == STAGED:
+        if one.k > 1:
+            return None
+        for rows, stages in _rings(s, element, limits.shared_bytes - shared):
+            shared += rows * stages * s.groups * s.padded * element
+            break
+        else:
+            return None
+    if shared > limits.shared_bytes:
+        return None
+    return Place(size, mode, rows, stages, shared, x_bytes, region)
+
+
+def _rings(s: _Sizes, element: int, room: int) -> Iterator[tuple[int, int]]:
+    """Rows of a panel and panels of a ring that fit, the best first."""
+    for least in (3, 2):
+        for rows in (8, 4, 2, 1):
+            stages = min(4, room // (rows * s.groups * s.padded * element))
+            if stages >= least:
+                yield rows, stages
 
 
 def _team_for(m: int, blocks: int) -> int:
@@ -262,70 +353,21 @@ class _Sizes(NamedTuple):
 
     padded: int  # n in whole chunks of 16 bytes
     groups: int  # of threads, each with rows of its own
-    vectors: int  # bytes of the slices of vectors of a block
+    width: int  # columns of a block's slice: whole 32-byte sectors
     rows: int  # of a block at most
 
 
-def _sizes(m: int, n: int, dtype: torch.dtype, size: int) -> _Sizes:
-    chunk = 16 // dtype.itemsize
-    chunks = -(-n // chunk)
+def _sizes(one: Problem, size: int) -> _Sizes:
+    chunk = 16 // one.dtype.itemsize
+    chunks = -(-one.n // chunk)
     positions = min(THREADS, 1 << (chunks - 1).bit_length())
-    rows = -(-m // size)
-    vectors = (5 * _width(n, dtype, size) + 3 * rows) * compute_dtype(dtype).itemsize
-    return _Sizes(chunks * chunk, THREADS // positions, -(-vectors // 16) * 16, rows)
+    width = _whole(-(-chunks * chunk // size), 8)
+    return _Sizes(chunks * chunk, THREADS // positions, width, -(-one.m // size))
 
 
-def _width(n: int, dtype: torch.dtype, size: int) -> int:
-    """Columns of a block's slice: whole 32-byte sectors."""
-    chunk = 16 // dtype.itemsize
-    return -(-(-(-n // chunk) * chunk) // size // 8) * 8
-
-
-def _control_bytes() -> int:
-    return 1024 + 16 * THREADS
-
-
-def _before_w(m: int, n: int, dtype: torch.dtype, team: int, size: int) -> int:
-    """Bytes of shared memory in front of W."""
-    s = _sizes(m, n, dtype, size)
-    slice_ = 0 if team == GRID else _width(n, dtype, size)
-    elements = slice_ + (1 + s.groups) * s.padded
-    return _control_bytes() + s.vectors + elements * compute_dtype(dtype).itemsize
-
-
-def _shown(n: int, dtype: torch.dtype) -> int:
-    """Bytes of a block's region in device memory: its sums and its share of z."""
-    chunk = 16 // dtype.itemsize
-    return SLOT_BYTES + -(-n // chunk) * chunk * compute_dtype(dtype).itemsize
-
-
-def _on_chip(
-    m: int, n: int, dtype: torch.dtype, team: int, size: int, limits: Limits
-) -> Place | None:
-    s = _sizes(m, n, dtype, size)
-    needed = _before_w(m, n, dtype, team, size) + s.rows * s.padded * dtype.itemsize
-    if needed > limits.shared_bytes:
-        return None
-    return Place(size, ON_CHIP, 0, 0, needed, _shown(n, dtype) if team == GRID else 0)
-
-
-def _staged(m: int, n: int, dtype: torch.dtype, size: int, limits: Limits) -> Place | None:
-    s = _sizes(m, n, dtype, size)
-    before = _before_w(m, n, dtype, GRID, size)
-    for least in (3, 2):
-        for rows in (8, 4, 2, 1):
-            panel = rows * s.groups * s.padded * dtype.itemsize
-            stages = min(4, (limits.shared_bytes - before) // panel)
-            if stages >= least:
-                needed = before + stages * panel
-                return Place(size, STAGED, rows, stages, needed, _shown(n, dtype))
-    return None
-
-
-def _wide(m: int, n: int, dtype: torch.dtype, size: int) -> Place:
-    s = _sizes(m, n, dtype, size)
-    region = SLOT_BYTES + s.groups * s.padded * compute_dtype(dtype).itemsize + s.vectors
-    return Place(size, WIDE, 0, 0, _control_bytes(), region)
+def _whole(x: int, unit: int) -> int:
+    """x, up to a multiple of unit."""
+    return -(-x // unit) * unit
 
 
 @lru_cache

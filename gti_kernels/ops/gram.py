@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +35,7 @@ def gram(
         b: [l, N], [B, l, N] or a list of [l, *shape], dtypes as in a; None: a, and G is symmetric.
         weight: w, [N], the same for every problem of a batch, or a list of [*shape]; of any sign;
             None: ones. fp64, fp32, bf16 or fp16, one device. Nothing is written or concatenated.
-        backend: "auto", "reference" or "cpu"; see `gti_kernels.explain`.
+        backend: "auto", "reference", "cpu", "triton" or "cuda"; see `gti_kernels.explain`.
 
     Returns:
         Gram(matrix, error_bound), fp64. Products of up to three elements up to fp32 have one
@@ -43,7 +43,8 @@ def gram(
         compensated (Dot2; Ogita, Rump, Oishi 2005). error_bound holds for the inputs as they are
         unless w·a over- or underflows: roughly 6e-14·s_i t_j up to fp32 and u·|G_ij| + 1e-20·s_i
         t_j for fp64 (N up to 1e8), with s_i² = Σ_c |w_c| a_ic² and t_j² = Σ_c |w_c| b_jc². A NaN in
-        vector i of a makes row i NaN, one in b a column, the rest is right.
+        vector i of a makes row i NaN, one in b a column, the rest is right. Without weights, a GPU
+        with next to no fp64 sums as in `two_form`.
 
     Raises:
         TypeError, ValueError: the argument, what was expected, what came. RuntimeError: a
@@ -98,7 +99,20 @@ def _gram(
             out = _on_cpu(lists[0], lists[1], lists[2], "cpu")
         assert out is not None, "the compiled kernel takes whatever passes the checks"
         return out
-    return reference.gram(x, y, w)
+    return _kernel(chosen)(x, y, w)
+
+
+def _kernel(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    """gram of a backend that takes lists of [m, N_t] or [B, m, N_t]."""
+    if backend == "cuda":
+        from ..cuda_kernels import gram as cuda
+
+        return cuda.gram
+    if backend == "triton":
+        from ..triton_kernels import gram as triton
+
+        return triton.gram
+    return reference.gram
 
 
 def limits_of_gram(
@@ -147,7 +161,7 @@ def _limits(
                     f"Convert it with .to({x.dtype})"
                 )
     reason = subclasses(a=a, b=b, weight=weight)
-    return a[0].device, {} if reason is None else {"cpu": reason}
+    return a[0].device, {} if reason is None else dict.fromkeys(("cpu", "triton", "cuda"), reason)
 
 
 def _fake(

@@ -17,7 +17,7 @@ from .library import is_plain_eager, refuse_derivative, register
 from .results import Field, Result
 
 #: The largest k of a kernel.
-_MOST_TRIPLES = {"cpu": 16, "triton": 8, "cuda": 1}
+_MOST_TRIPLES = {"cpu": 16, "triton": 8, "cuda": 8}
 Outputs = tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor, Tensor, Tensor]
 
 
@@ -64,7 +64,7 @@ def power_iteration(
             begins. A v that is still a singular vector, but no longer that of the largest σ (a
             step along u vᵀ does that), has no residual and is not left. Otherwise v is random from
             `seed` and the number of the matrix.
-        backend: "auto", "reference", "cpu" (k ≤ 16), "triton" (k ≤ 8) or "cuda" (k = 1); see
+        backend: "auto", "reference", "cpu" (k ≤ 16), "triton" or "cuda" (k ≤ 8); see
             `gti_kernels.explain`.
 
     Returns:

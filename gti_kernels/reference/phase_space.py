@@ -13,6 +13,7 @@ Grads = Sequence[Tensor | None]
 
 MASK = 2**64 - 1
 CHECKSUM_KEY = 0x9E3779B97F4A7C15
+STEP_KEY = 0xD1342543DE82EF95  # what a drift adds to the key of stochastic rounding
 INCREMENT_LIMIT, COORDINATE_LIMIT = 2.0**51, 2**62
 
 
@@ -160,9 +161,8 @@ def mixed(x: int) -> int:
 LOW = 0xFFFFFFFF
 
 
-def random_bits(n: int, key: int, device: torch.device) -> Tensor:
-    """32 random bits for each of n places, int64 [n]; a function of key and place alone."""
-    place = torch.arange(n, device=device)
+def random_bits(place: Tensor, key: int) -> Tensor:
+    """32 random bits for each place (int64); a function of key and place alone."""
     x = (_times(place & LOW, 0x9E3779B9) + (key & LOW) + _times(place >> 32, 0x85EBCA6B)) & LOW
     x = _times(x ^ (x >> 16), 0x21F0AAAD) ^ (key >> 32)
     x = _times(x ^ (x >> 15), 0xD35A2D97)
@@ -174,11 +174,15 @@ def _times(x: Tensor, y: int) -> Tensor:
     return (((x >> 16) * y & LOW) * 65536 + (x & 0xFFFF) * y) & LOW
 
 
-def stochastically_rounded(x: Tensor, dtype: torch.dtype, key: int) -> Tensor:
-    """x (fp32) in dtype (bf16 or fp16): up or down, with the probabilities that keep the mean."""
+def stochastically_rounded(x: Tensor, dtype: torch.dtype, key: int, first: int = 0) -> Tensor:
+    """x (fp32) in dtype (bf16 or fp16): up or down, with the probabilities that keep the mean.
+
+    first: place of the first element.
+    """
     order = sorted(range(x.ndim), key=lambda d: x.stride(d), reverse=True)
     flat = x.permute(order)
-    random = random_bits(x.numel(), key, x.device).reshape(flat.shape)
+    place = torch.arange(first, first + x.numel(), device=x.device)
+    random = random_bits(place, key).reshape(flat.shape)
     bits = flat.contiguous().view(torch.int32).to(torch.int64) & LOW
     rounded = _to_bf16(bits, random) if dtype == torch.bfloat16 else _to_f16(bits, random)
     out = rounded.to(torch.int16).view(dtype)  # the low 16 bits

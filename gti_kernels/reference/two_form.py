@@ -19,54 +19,51 @@ def two_form(
     S [m, m] or None, each with B in front where the inputs have it, all fp64. Only i < j is summed;
     Ω_ji = −Ω_ij and Ω_ii = 0 hold to the bit.
     """
-    if dq[0].ndim == 3:
-        pairs = zip(zip(*dq, strict=True), zip(*dp, strict=True), strict=True)
-        omegas, bounds, grams = zip(
-            *(two_form(list(q), list(p), metric) for q, p in pairs), strict=True
-        )
-        return torch.stack(omegas), torch.stack(bounds), torch.stack(grams) if metric else None
-    q = torch.cat([t.double() for t in dq], dim=1)
-    p = torch.cat([t.double() for t in dp], dim=1)
-    m = q.shape[0]
-    omega = q.new_zeros(m, m)
-    gram = q.new_zeros(m, m)
+    q = torch.cat([t.double() for t in dq], dim=-1)
+    p = torch.cat([t.double() for t in dp], dim=-1)
+    *batch, m, n = q.shape
+    omega = q.new_zeros(*batch, m, m)
+    gram = q.new_zeros(*batch, m, m)
     for i in range(m):
         for j in range(i, m):
+            q_i, p_i, q_j, p_j = q[..., i, :], p[..., i, :], q[..., j, :], p[..., j, :]
             if i < j:
-                omega[i, j] = dot2(torch.cat([q[i], -p[i]]), torch.cat([p[j], q[j]]))
-                omega[j, i] = -omega[i, j]
+                omega[..., i, j] = dot2(torch.cat([q_i, -p_i], -1), torch.cat([p_j, q_j], -1))
+                omega[..., j, i] = -omega[..., i, j]
             if metric or i == j:
-                gram[i, j] = gram[j, i] = dot2(torch.cat([q[i], p[i]]), torch.cat([q[j], p[j]]))
+                gram[..., i, j] = dot2(torch.cat([q_i, p_i], -1), torch.cat([q_j, p_j], -1))
+                gram[..., j, i] = gram[..., i, j]
     # Σ|q_i p_j| + |p_i q_j| ≤ ‖z_i‖‖z_j‖; a tree of depth d leaves (d·u)² of it, and u of the
     # result for the last rounding.
-    norm = gram.diagonal().sqrt()
-    depth = max(1, (2 * q.shape[1]).bit_length() + 2)
+    squares = gram.diagonal(dim1=-2, dim2=-1)
+    norm = squares.sqrt()
+    depth = max(1, (2 * n).bit_length() + 2)
     tiny = torch.finfo(torch.float64).smallest_normal * UNIT  # products below it vanish
-    bound = UNIT * omega.abs() + 4 * (depth * UNIT) ** 2 * torch.outer(norm, norm)
-    bound += 8 * q.shape[1] * tiny
-    bound.fill_diagonal_(0.0)
+    bound = UNIT * omega.abs() + 4 * (depth * UNIT) ** 2 * norm[..., :, None] * norm[..., None, :]
+    bound += 8 * n * tiny
     # 0 · NaN: a vector with a NaN has no zero on the diagonal either.
-    omega += torch.diag(torch.where(gram.diagonal().isnan(), gram.diagonal(), 0.0))
-    bound += torch.diag(omega.diagonal())
+    omega += torch.diag_embed(torch.where(squares.isnan(), squares, 0.0))
+    bound.diagonal(dim1=-2, dim2=-1).copy_(omega.diagonal(dim1=-2, dim2=-1))
     return omega, bound, (gram if metric else None)
 
 
 def dot2(a: Tensor, b: Tensor) -> Tensor:
-    """Σ a_i b_i of two fp64 vectors as if in twice the precision (Ogita, Rump, Oishi 2005, Dot2).
+    """Σ a_i b_i over the last axis of fp64 tensors as if in twice the precision (Ogita, Rump, Oishi
+    2005, Dot2).
 
     Products are split without error; sums go up a binary tree that keeps each rounding
     error (Knuth's TwoSum) instead of left to right: the same statement, a smaller constant.
     """
     high, low = exact_product(a, b)
-    while high.numel() > 1:
-        if high.numel() % 2:
+    while high.shape[-1] > 1:
+        if high.shape[-1] % 2:
             high, low = torch.nn.functional.pad(high, (0, 1)), torch.nn.functional.pad(low, (0, 1))
-        x, y = high[0::2], high[1::2]
+        x, y = high[..., 0::2], high[..., 1::2]
         total = x + y
         back = total - x
-        low = low[0::2] + low[1::2] + ((x - (total - back)) + (y - back))
+        low = low[..., 0::2] + low[..., 1::2] + ((x - (total - back)) + (y - back))
         high = total
-    return (high + low).sum()
+    return (high + low).sum(-1)
 
 
 def exact_product(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

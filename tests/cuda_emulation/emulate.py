@@ -84,6 +84,7 @@ def build(text: str, entry: str, defines: tuple[tuple[str, Any], ...]) -> Any:
     source, code, library = folder / "source.cu", folder / "driver.o", folder / "driver.so"
     source.write_text(text, encoding="utf-8")
     command = ["g++", "-std=c++20", "-Og", "-fPIC", "-fsanitize=alignment", "-Wno-unknown-pragmas"]
+    command += ["-ffp-contract=off"]  # what is to be fused is written as fma
     command += [f'-DSOURCE="{source}"', f"-DENTRY={entry}", *(f"-D{k}={v}" for k, v in defines)]
     # Linked apart: the library of the sanitizer is not needed.
     for line in ([*command, "-c", str(HERE / "driver.cpp"), "-o", str(code)],

@@ -292,6 +292,9 @@ inline long long __double_as_longlong(double x) { return emulation_bits<long lon
 inline double __longlong_as_double(long long x) { return emulation_bits<double>(x); }
 inline double __dadd_rn(double a, double b) { return a + b; }
 inline double __dmul_rn(double a, double b) { return a * b; }
+inline void* __cvta_global_to_generic(size_t address) { return reinterpret_cast<void*>(address); }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
 inline double __hiloint2double(int high, int low) {
   return emulation_bits<double>(static_cast<uint64_t>(static_cast<unsigned>(high)) << 32 |
                                 static_cast<unsigned>(low));

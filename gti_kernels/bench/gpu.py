@@ -3,13 +3,17 @@ the class of an H200. The bars are ratios of times of one run."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 import gti_kernels as gti
 
-from .bench import RESNET18_PARAMETERS, Case, Work, kick_drift, two_form
+from .case import RESNET18_PARAMETERS, Call, Case, Work
+from .leapfrog import kick_drift
+from .two_form import two_form
 
 #: ViT-B/16 (86 M parameters, 50 matrices): patches, then query-key-value, projection and the two
 #: layers of the perceptron of each block, then the classes.
@@ -76,31 +80,75 @@ def _passes(device: str, batch: int, m: int, n: int, steps: int, streaming: bool
     )
 
 
-def _captured(device: str) -> Work:
-    """kick_drift_ replayed from a CUDA graph."""
-    work = kick_drift(device, RESNET18_PARAMETERS)
+def _graph(call: Call) -> Call:
+    """The replay of a call from a CUDA graph."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        work.op()
+        call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        work.op()
-    return Work(graph.replay, {"_foreach": work.peers["_foreach"]}, work.bytes_moved, work.floor)
+        call()
+    return graph.replay
 
 
-def _large_step(device: str) -> Work:
-    """kick_drift_ over four layers of the decoder, beside torch's fused SGD: it too reads three
-    and writes two numbers a parameter."""
-    shapes = DECODER_LAYER * 4
-    work = kick_drift(device, shapes)
+def _captured(device: str) -> Work:
+    """kick_drift_ replayed from a CUDA graph."""
+    work = kick_drift(device, RESNET18_PARAMETERS)
+    peers = {"_foreach": work.peers["_foreach"]}
+    return Work(_graph(work.op), peers, work.bytes_moved, work.floor)
+
+
+def _parameters(device: str, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """Parameters with their gradients."""
     parameters = [torch.zeros(s, device=device, requires_grad=True) for s in shapes]
     for t in parameters:
         t.grad = torch.zeros_like(t).normal_()
-    sgd = torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, fused=True)
-    peers = {"_foreach": work.peers["_foreach"], "SGD(fused=True)": sgd.step}
+    return parameters
+
+
+def _fused_sgd(device: str, shapes: Sequence[tuple[int, ...]]) -> Call:
+    """A step of torch's fused SGD with momentum: it too reads three and writes two numbers a
+    parameter."""
+    return torch.optim.SGD(_parameters(device, shapes), lr=1e-3, momentum=0.9, fused=True).step
+
+
+def _large_step(device: str) -> Work:
+    """kick_drift_ over four layers of the decoder, beside torch's fused SGD."""
+    shapes = DECODER_LAYER * 4
+    work = kick_drift(device, shapes)
+    peers = {"_foreach": work.peers["_foreach"], "SGD(fused=True)": _fused_sgd(device, shapes)}
     return Work(work.op, peers, work.bytes_moved, work.floor, few=("_foreach",))
+
+
+def _plan(device: str, shapes: Sequence[tuple[int, ...]], captured: bool = False) -> Work:
+    """PhaseSpace.kick_drift_, which moves the bytes of kick_drift_, beside torch's fused SGD; from
+    a CUDA graph, as `_foreach` then is, beside a copy of these bytes."""
+    work = kick_drift(device, shapes)
+    space = gti.PhaseSpace(_parameters(device, shapes))
+
+    def op() -> Tensor:
+        return space.kick_drift_(1e-3, 1e-3, damp=0.999)
+
+    foreach, copy = work.peers["_foreach"], work.peers["copy of the same bytes"]
+    if captured:
+        peers = {"_foreach": _graph(foreach), "copy of the same bytes": copy}
+        return Work(_graph(op), peers, work.bytes_moved, work.floor)
+    peers = {"_foreach": foreach, "SGD(fused=True)": _fused_sgd(device, shapes)}
+    return Work(op, peers, work.bytes_moved, work.floor)
+
+
+def _exact_plan(device: str, shapes: Sequence[tuple[int, ...]]) -> Work:
+    """PhaseSpace.kick_drift_ with exact=True, beside the plain step. It reads and writes q or its
+    gradient in 4 bytes, and either of two integers in 8."""
+
+    def step(exact: bool) -> Call:
+        space = gti.PhaseSpace(_parameters(device, shapes), exact=exact)
+        return lambda: space.kick_drift_(1e-9, 1e-9)
+
+    elements = sum(torch.Size(s).numel() for s in shapes)
+    return Work(step(True), {"plain step": step(False)}, 40 * elements, "copy")
 
 
 def _roof(device: str, m: int, n: int) -> Work:
@@ -112,7 +160,19 @@ def _roof(device: str, m: int, n: int) -> Work:
     return Work(work.op, {"fp64 matmul, same operations": lambda: a @ a}, work.bytes_moved)
 
 
-def gpu_cases() -> list[Case]:
+def _gram(device: str, m: int, n: int) -> Work:
+    """gram with weights beside the product in fp32."""
+    generator = torch.Generator(device).manual_seed(0)
+    a = torch.randn(m, n, generator=generator, device=device)
+    w = torch.rand(n, generator=generator, device=device)
+    return Work(
+        op=lambda: gti.gram(a, weight=w),
+        peers={"naive fp32": lambda: (a * w) @ a.T},
+        bytes_moved=(a.numel() + n) * 4,
+    )
+
+
+def full_cases() -> list[Case]:
     """The lines, in order."""
     out = []
     for shapes, name in (
@@ -164,6 +224,47 @@ def gpu_cases() -> list[Case]:
     out.append(
         Case(
             "kick_drift_",
+            "PhaseSpace.kick_drift_",
+            "4 layers of a decoder, 0.8 G",
+            "float32",
+            lambda device: _plan(device, DECODER_LAYER * 4),
+            {"_foreach": 1.5, "SGD(fused=True)": 1.0},
+            least_share=0.88,
+        )
+    )
+    out.append(
+        Case(
+            "kick_drift_",
+            "PhaseSpace.kick_drift_",
+            "62 tensors of ResNet-18",
+            "float32",
+            lambda device: _plan(device, RESNET18_PARAMETERS),
+            {"_foreach": 1.5, "SGD(fused=True)": 1.0},
+        )
+    )
+    out.append(
+        Case(
+            "kick_drift_",
+            "PhaseSpace, captured in a CUDA graph",
+            "62 tensors of ResNet-18",
+            "float32",
+            lambda device: _plan(device, RESNET18_PARAMETERS, captured=True),
+            {"_foreach": 1.5, "copy of the same bytes": 0.88},
+        )
+    )
+    out.append(
+        Case(
+            "kick_drift_",
+            "PhaseSpace, exact=True",
+            "4 layers of a decoder, 0.8 G",
+            "float32",
+            lambda device: _exact_plan(device, DECODER_LAYER * 4),
+            {"plain step": 1 / 2.5},
+        )
+    )
+    out.append(
+        Case(
+            "kick_drift_",
             "captured in a CUDA graph",
             "62 tensors of ResNet-18",
             "float32",
@@ -191,6 +292,16 @@ def gpu_cases() -> list[Case]:
             "float32",
             lambda device: _roof(device, 64, 10**7),
             {"fp64 matmul, same operations": 2 / 3},
+        )
+    )
+    out.append(
+        Case(
+            "gram",
+            "weighted, fp64 accumulation",
+            "m = 8, N = 100 M",
+            "float32",
+            lambda device: _gram(device, 8, 10**8),
+            least_share=0.85,
         )
     )
     return out

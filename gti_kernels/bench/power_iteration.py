@@ -1,5 +1,5 @@
-"""The lines of `gti bench --suite full` on a CPU for power_iteration: from a cold start to a stated
-error, half precision, a short side, and the parametrization."""
+"""The lines of `gti bench` for power_iteration; with `--suite full` on a CPU also from a cold start
+to a stated error, half precision, a short side, and the parametrization."""
 
 from __future__ import annotations
 
@@ -12,7 +12,64 @@ from torch import Tensor, nn
 
 import gti_kernels as gti
 
-from .bench import RESNET18_WEIGHTS, Case, Work
+from .case import RESNET18_WEIGHTS, Case, Work
+
+
+def _eager_power(matrices: list[Tensor], starts: list[Tensor], steps: int) -> list[Tensor]:
+    """The loop a good engineer writes: two matrix-vector products a step, W stays in cache
+    between."""
+    sigmas = []
+    for w, v in zip(matrices, starts):
+        w_t = w.t()
+        for _ in range(steps):
+            u = torch.mv(w, v)
+            z = torch.mv(w_t, u)
+            v = z / torch.linalg.vector_norm(z)
+        sigmas.append(torch.linalg.vector_norm(u))
+    return sigmas
+
+
+def _eager_batched_power(w: Tensor, v: Tensor, steps: int) -> Tensor:
+    for _ in range(steps):
+        u = torch.bmm(w, v)
+        z = torch.bmm(w.mT, u)
+        v = z / torch.linalg.vector_norm(z, dim=1, keepdim=True)
+    return torch.linalg.vector_norm(u, dim=1)
+
+
+def _power_list(device: str, method: str) -> Work:
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(s, generator=generator).to(device) for s in RESNET18_WEIGHTS]
+    matrices = [w.flatten(1) for w in weights]
+    starts = [torch.randn(w.shape[1], generator=generator).to(device) for w in matrices]
+    compiled = torch.compile(_eager_power)
+    return Work(
+        op=lambda: gti.power_iteration(weights, method=method, max_steps=10, tol=0),
+        peers={
+            "eager mv": lambda: _eager_power(matrices, starts, 10),
+            "compiled mv": lambda: compiled(matrices, starts, 10),
+            "svdvals": lambda: [torch.linalg.svdvals(w)[0] for w in matrices],
+        },
+        bytes_moved=10 * sum(w.numel() * w.element_size() for w in weights),
+        few=("svdvals",),
+    )
+
+
+def _power_batch(device: str, method: str) -> Work:
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(1024, 64, 64, generator=generator).to(device)
+    v = torch.randn(1024, 64, 1, generator=generator).to(device)
+    compiled = torch.compile(_eager_batched_power)
+    return Work(
+        op=lambda: gti.power_iteration(w, method=method, max_steps=10, tol=0),
+        peers={
+            "eager bmm": lambda: _eager_batched_power(w, v, 10),
+            "compiled bmm": lambda: compiled(w, v, 10),
+            "svdvals": lambda: torch.linalg.svdvals(w)[:, 0],
+        },
+        bytes_moved=w.numel() * w.element_size(),  # each matrix stays in a core's cache
+        few=("svdvals",),
+    )
 
 
 def spectrum(name: str, n: int) -> Tensor | None:
@@ -140,8 +197,36 @@ def _parametrization(device: str) -> Work:
     return Work(lambda: step(own), {"torch's": lambda: step(peer)})
 
 
+def default_cases() -> list[Case]:
+    """The lines of the default suite."""
+    out = []
+    resnet, batch = "21 matrices of ResNet-18", "[1024, 64, 64]"
+    for method in ("power", "cg"):
+        out.append(
+            Case(
+                "power_iteration",
+                f"10 passes, {method}",
+                resnet,
+                "float32",
+                lambda device, method=method: _power_list(device, method),  # type: ignore[misc]
+                {"eager mv": 1.8} if method == "power" else {},
+            )
+        )
+        out.append(
+            Case(
+                "power_iteration",
+                f"10 passes, {method}",
+                batch,
+                "float32",
+                lambda device, method=method: _power_batch(device, method),  # type: ignore[misc]
+                {"eager bmm": 8.0, "svdvals": 60.0} if method == "power" else {},
+            )
+        )
+    return out
+
+
 def full_cases() -> list[Case]:
-    """What the project holds power_iteration to on a CPU, beyond the default lines."""
+    """The lines that `--suite full` adds."""
     op, bars = "power_iteration", {"svdvals": 15.0, "eager mv, same residual": 8.0}
     resnet = "21 matrices of ResNet-18"
     out = [Case(op, "cold start to error 1e-6", resnet, "float32", _cold_list, bars)]

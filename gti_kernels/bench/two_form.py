@@ -1,4 +1,4 @@
-"""What the CPU benchmark adds for two_form, gram and the tangents: the lines of `--suite full`."""
+"""The lines of `gti bench` for two_form; with `--suite full` on a CPU also gram and tangents."""
 
 from __future__ import annotations
 
@@ -8,12 +8,37 @@ from torch import Tensor
 
 import gti_kernels as gti
 
-from .bench import Case, Work, two_form
-from .models.simple_cnn import SimpleCNN
-from .probes.hamiltonian_system import HamiltonianSystem, State
-from .probes.tangent_map import Differentiator, force
+from ..models.simple_cnn import SimpleCNN
+from ..probes.hamiltonian_system import HamiltonianSystem, State
+from ..probes.tangent_map import Differentiator, force
+from .case import Case, Work
 
 READ_BYTES = 700_000_000  # of all inputs
+
+
+def two_form(device: str, m: int, n: int) -> Work:
+    """two_form of m pairs of tangent vectors of length n, fp32."""
+    generator = torch.Generator(device).manual_seed(0)
+    dq = torch.randn(m, n, generator=generator, device=device)
+    dp = torch.randn(m, n, generator=generator, device=device)
+
+    def naive(dq: Tensor, dp: Tensor) -> Tensor:
+        return dq @ dp.T - dp @ dq.T
+
+    def upcast() -> Tensor:
+        q, p = dq.double(), dp.double()
+        return q @ p.T - p @ q.T
+
+    compiled = torch.compile(naive)
+    return Work(
+        op=lambda: gti.two_form(dq, dp),
+        peers={
+            "naive fp32": lambda: naive(dq, dp),
+            "upcast to fp64": upcast,
+            "compiled naive": lambda: compiled(dq, dp),
+        },
+        bytes_moved=2 * dq.numel() * dq.element_size(),
+    )
 
 
 def _read(m: int) -> Work:
@@ -94,8 +119,24 @@ def _epsilon(pairs: int, steps: int) -> Work:
     )
 
 
-def two_form_cases() -> list[Case]:
-    """The lines, in order."""
+def default_cases() -> list[Case]:
+    """The lines of the default suite."""
+    out = []
+    out.append(
+        Case(
+            "two_form",
+            "fp64 accumulation",
+            "m = 4, N = 11 M",
+            "float32",
+            lambda device: two_form(device, 4, 11_000_000),
+            {"naive fp32": 2.0, "upcast to fp64": 8.0},
+        )
+    )
+    return out
+
+
+def full_cases() -> list[Case]:
+    """The lines that `--suite full` adds."""
     out = []
     for m, most in ((4, 1.2), (8, 1.5), (16, 2.2)):
         bars = {"one read": 1 / most, "upcast to fp64": 6.0}
