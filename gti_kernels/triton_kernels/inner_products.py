@@ -19,7 +19,8 @@ from .ragged import TRITON_DTYPE, find_item, pointer, widen
 
 UNIT = 2.0**-53  # fp64 unit roundoff
 PROGRAMS = 1024  # aimed at; no property of the device, so that no bit of a result depends on it
-LONGEST = 256  # blocks of a program at most: the more, the weaker the error bound
+LONGEST = 256  # blocks of a program, if it can be: the more, the weaker the error bound
+MOST_STRETCHES = 65535  # of a grid's second axis
 REDUCE_ROWS, REDUCE_BLOCK = 16, 128
 FINISH_COLUMNS = 64
 
@@ -70,11 +71,9 @@ def tile_kernel(
     EXACT: each is a high part and a low part.
     """
     # The tile is fastest: programs that read the same coordinates run together.
-    program = tl.program_id(0).to(tl.int64)
-    here = (blocks + stretch - 1) // stretch
-    tile = (program % (down * across)).to(tl.int32)
-    place = program // (down * across) % here
-    problem = program // (down * across) // here
+    problem = (tl.program_id(0) // (down * across)).to(tl.int64)
+    tile = tl.program_id(0) % (down * across)
+    place = tl.program_id(1).to(tl.int64)
     tile_i = tile // across
     tile_j = tile % across
     row_i = tile_i * T + tl.arange(0, T)
@@ -311,7 +310,7 @@ def inner_products(
     for dtypes, items in groups.items():
         starts = prefix([triton.cdiv(row[3], tile.BLOCK) for row in items])
         stretch = max(4, triton.cdiv(starts[-1], max(32, PROGRAMS // (down * across))))
-        stretch = min(stretch, LONGEST)
+        stretch = max(min(stretch, LONGEST), triton.cdiv(starts[-1], MOST_STRETCHES))
         launches.append((dtypes, items, starts, stretch, stretches))
         stretches += triton.cdiv(starts[-1], stretch)
         longest = max(longest, stretch)
@@ -326,7 +325,7 @@ def inner_products(
     with on_device(device):
         for (dtype, w_dtype), items, starts, stretch, first in launches:
             table = (*zip(*items, strict=True), tuple(starts))
-            tile_kernel[(problems * down * across * triton.cdiv(starts[-1], stretch),)](
+            tile_kernel[(problems * down * across, triton.cdiv(starts[-1], stretch))](
                 device_table(table, device),
                 len(items),
                 sums,
