@@ -10,6 +10,7 @@ from torch.nn.functional import normalize
 import gti_kernels as gti
 
 from .bench import RESNET18_PARAMETERS, Case, Work, kick_drift, two_form
+from .cuda_kernels import power_iteration as cuda
 
 #: ViT-B/16 (86 M parameters, 50 matrices): patches, then query-key-value, projection and the two
 #: layers of the perceptron of each block, then the classes.
@@ -76,6 +77,17 @@ def _passes(device: str, batch: int, m: int, n: int, steps: int, streaming: bool
     )
 
 
+def _classes(device: str, batch: int, m: int, n: int, steps: int) -> Work:
+    """The CUDA C++ kernel with W on chip beside the same kernel with W read anew in each pass."""
+    generator = torch.Generator(device).manual_seed(0)
+    w = torch.randn(batch, m, n, generator=generator, device=device, dtype=torch.bfloat16)
+
+    def op(mode: int) -> object:
+        return cuda.power_iteration([w], 1, "cg", steps, 0.0, None, 0, mode)
+
+    return Work(lambda: op(cuda.ON_CHIP), {"streaming (cuda)": lambda: op(cuda.STAGED)}, 0)
+
+
 def _captured(device: str) -> Work:
     """kick_drift_ replayed from a CUDA graph."""
     work = kick_drift(device, RESNET18_PARAMETERS)
@@ -138,6 +150,17 @@ def gpu_cases() -> list[Case]:
                 "bfloat16",
                 lambda device, b=batch, m=m, n=n: _passes(device, b, m, n, 20, False),  # type: ignore[misc]
                 {"streaming (triton)": 3.0},
+            )
+        )
+    for batch, m, n in ((64, 128, 128), (8, 768, 768), (1, 3072, 768)):  # block, cluster, grid
+        out.append(
+            Case(
+                "power_iteration",
+                "20 passes, on chip beside streaming",
+                f"[{batch}, {m}, {n}]",
+                "bfloat16",
+                lambda device, b=batch, m=m, n=n: _classes(device, b, m, n, 20),  # type: ignore[misc]
+                {"streaming (cuda)": 3.0},
             )
         )
     out.append(
