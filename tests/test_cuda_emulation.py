@@ -324,7 +324,7 @@ def test_several_triples_agree_with_the_reference(emulated, monkeypatch, kind, d
     def make(method, k):
         def arguments_of(dtype, device):
             shapes = ((k, 11), (70, 33), (9, 301))
-            spectrum = 0.75 ** torch.arange(16, dtype=torch.float64)
+            spectrum = 0.6 ** torch.arange(16, dtype=torch.float64)
             ws = [
                 testing.with_spectrum(spectrum[: min(m, n)], m, n, dtype=dtype, seed=i)
                 for i, (m, n) in enumerate(shapes)
@@ -334,7 +334,7 @@ def test_several_triples_agree_with_the_reference(emulated, monkeypatch, kind, d
         return arguments_of
 
     emulator = emulated(kind)
-    cases = [("power", 3), ("cg", 8 if dtype == "float32" else 2)]
+    cases = [("power", 2), ("cg", 8 if dtype == "float32" else 3)]
     samples = [testing.Sample(f"{method}, k={k}", make(method, k)) for method, k in cases]
     monkeypatch.setattr(testing, "samples", lambda op: samples)
     for c in testing.compare("power_iteration", dtype, "cuda"):
@@ -401,7 +401,8 @@ def test_several_triples_stay_once_they_are_found(emulated, dtype, method):
     eps = torch.finfo(dtype).eps
     for k in (2, 5):
         r = run(ws, k=k, tol=0.0, max_steps=60, method=method)
-        assert (r.steps == 60).all() and (r.residual < 1e4 * eps).all()
+        # The error of σ is second order in the residual.
+        assert (r.steps == 60).all() and (r.residual < math.sqrt(eps)).all()
         for i, w in enumerate(ws):
             exact = torch.linalg.svdvals(w.double())[:k]
             assert (r.sigma[i].double() - exact).abs().max() <= 32 * eps * exact[0]

@@ -115,14 +115,15 @@ def capture(function):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("method", ["cg", "power"])
+@pytest.mark.parametrize("k", [1, 3])
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
-def test_power_iteration_in_a_cuda_graph(backend, method, dtype):
+def test_power_iteration_in_a_cuda_graph(backend, k, method, dtype):
     if ("power_iteration", backend) not in BUILT:
         pytest.skip(f"power_iteration has no {backend} kernel yet")
     need(backend)
     shapes = ((64, 64), (300, 700), (1000, 33), (7, 5))
     weights = [torch.randn(s, device="cuda", dtype=dtype) for s in shapes]
-    options = {"method": method, "max_steps": 12, "tol": 0.0, "backend": backend}
+    options = {"k": k, "method": method, "max_steps": 12, "tol": 0.0, "backend": backend}
     graph, captured = capture(lambda: gti.power_iteration(weights, **options))
     for _ in range(2):  # other values at the same addresses
         for w in weights:

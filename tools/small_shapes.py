@@ -35,5 +35,8 @@ for row in ROWS:
                 if "max_steps" in kwargs:
                     kwargs["max_steps"] = 4
                 getattr(gti, row.name)(*args, **kwargs, backend=backend)
+                if row.name == "power_iteration":
+                    several = [w for w in args[0] if min(w.shape[0], w[0].numel()) > 2]
+                    gti.power_iteration(several, **kwargs, k=3, backend=backend)
         torch.cuda.synchronize()
         print(row.name, backend)

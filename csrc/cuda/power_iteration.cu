@@ -1,8 +1,16 @@
-// Largest singular triple (σ, u, v) of every matrix of a list: one launch for all matrices of a
-// team size and for all steps. Each matrix stops on its own; the host is never asked.
+// Largest singular triples (σ, u, v) of every matrix of a list: one launch for all matrices of a
+// team size and for all steps. Each matrix stops on its own; the host is never asked. Here stand
+// the classes and the kernel; the rest is in
+//
+//   power_iteration_numbers.cuh   copies, arrivals and numbers of the machine
+//   power_iteration_team.cuh      what a block knows of its matrix; barriers and sums of a team
+//   power_iteration_pass.cuh      the pass over W, k = 1; the norms of W
+//   power_iteration_step.cuh      k = 1: what happens between two passes
+//   power_iteration_subspace.cuh  k > 1: its pass and its steps
+//   power_iteration_dense.cuh     k > 1: small matrices in shared memory
 //
 // A matrix W [m, n] is owned by a team of `size` blocks: each has a range of rows, and of all
-// vectors of length n a slice of columns. A step is
+// vectors of length n a slice of columns. For k = 1 a step is
 //
 //   pass     y = W_r x, z += W_rᵀ y: every row is read once; z is the block's share of Wᵀ W x
 //   reduce   dot products of the images; with it, the shares of z become readable
@@ -24,16 +32,19 @@
 //   TEAM 2, on chip      many blocks a matrix, W in their shared memory; shares and slices go
 //                        through L2: 3·n·sizeof(C) a block. Bound by two barriers in L2 (a few µs).
 //   TEAM 2, staged       W streams through a ring in shared memory: m·n·sizeof(T) bytes from L2
-//   where
-//                        the matrix stays there, else from device memory, whose bandwidth is the
-//                        bound.
+//                        where the matrix stays there, else from device memory, whose bandwidth is
+//                        the bound.
 //   TEAM 2, wide         not even a row fits: a panel of rows is read twice, the second time from
 //                        L1 or L2. Bound by L2, about half the bandwidth of the staged mode.
 //
 // Once per matrix comes a sweep that measures W (its norms, whether it is finite, its scale): as
 // many bytes as a step. On chip, the only read of device memory is that W is loaded once.
 //
-// Macros: ELEMENT, see elements.cuh; TEAM 0 block, 1 cluster, 2 grid; THREADS.
+// k > 1 has TEAM 0 on chip, with all vectors in shared memory too, and TEAM 2 on chip and wide,
+// with the vectors in device memory, where L2 keeps them.
+//
+// Macros: ELEMENT, see elements.cuh; TEAM 0 block, 1 cluster, 2 grid; SUBSPACE 0 for k = 1, 1 for
+// k > 1; THREADS.
 
 #ifndef THREADS
 #define THREADS 256
@@ -49,18 +60,22 @@
 // The blocks b·size … b·size + size − 1 are team b, which takes the items b, b + teams, …; the last
 // blocks, if size does not divide the grid, have nothing to do.
 //
-// Shared memory of a block: Control; slice [width] (unless TEAM 2); and unless wide: v, r, s and
-// images, x [np], z [groups, np], W. Device memory, TEAM 2: for each team x [width · blocks], then
-// for each block its slots, its share [np], and if wide: z [groups, np] in place of the share,
+// k = 1. Shared memory of a block: Control; slice [width] (unless TEAM 2); and unless wide: v, r, s
+// and images, x [np], z [groups, np], W. Device memory, TEAM 2: for each team x [width · blocks],
+// then for each block its slots, its share [np], and if wide: z [groups, np] in place of the share,
 // vectors.
+//
+// k > 1. Shared memory of a block: Control, Dense; TEAM 0: x, zx [side, np], z [k, groups, np], y
+// [side, m]; W, if it is on chip. Device memory, TEAM 2: for each team sums, x, zx, y, then for
+// each block its slots and sums, z.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     power_iteration(const Item* items, int64 count, int64 size, int64 k, int64 power,
-                    int64 max_steps, double tol, int64 seed, const C* start, unsigned char* memory, int64 team_bytes,
-                    int64 x_bytes, int64 region_bytes,
+                    int64 max_steps, double tol, int64 seed, const C* start, unsigned char* memory,
+                    int64 team_bytes, int64 x_bytes, int64 region_bytes,
                     unsigned* counters,  // TEAM 2: [items + teams], zero
                     C* u, C* v, double* sigma, double* residual, double* upper, int64* steps,
                     unsigned char* converged) {
-  const Settings set = {static_cast<int>(k), power != 0, max_steps, tol,
+  const Settings set = {static_cast<int>(k),       power != 0, max_steps, tol,
                         static_cast<uint64>(seed), start};
   const Results out = {u, v, sigma, residual, upper, steps, converged};
   const int teams = gridDim.x / static_cast<int>(size),

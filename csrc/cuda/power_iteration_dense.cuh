@@ -1,5 +1,6 @@
 // The Rayleigh–Ritz problem of k > 1: small symmetric matrices in fp64, in shared memory, worked on
-// by all threads of a block. Every block of a team solves it from the same numbers to the same bits.
+// by all threads of a block. Every block of a team solves it from the same numbers to the same
+// bits.
 #pragma once
 
 #include "power_iteration_team.cuh"
@@ -12,14 +13,14 @@ constexpr double kLeastMove = 1e-4;  // of s: those that all but coincide say no
 
 // Behind Control. Matrices have rows of kSide.
 struct Dense {
-  double sums[kSums];                      // the last that were taken over the team
-  double a[kSide * kSide];                 // the Gram matrix of the search space; then products
-  double e[kSide * kSide];                 // its orthonormal coordinates
-  double b[kSide * kSide];                 // the Gram matrix of the images; then products
-  double q[kSide * kSide];                 // eigenvectors
-  double t[2 * kMostTriples * kSide];      // the rotation to the new search space
-  double theta[kMostTriples];              // of the Ritz vectors
-  double left[kSide], later[kSide];        // of gram_schmidt
+  double sums[kSums];                  // the last that were taken over the team
+  double a[kSide * kSide];             // the Gram matrix of the search space; then products
+  double e[kSide * kSide];             // its orthonormal coordinates
+  double b[kSide * kSide];             // the Gram matrix of the images; then products
+  double q[kSide * kSide];             // eigenvectors
+  double t[2 * kMostTriples * kSide];  // the rotation to the new search space
+  double theta[kMostTriples];          // of the Ritz vectors
+  double left[kSide], later[kSide];    // of gram_schmidt
   double cosine[kSide / 2], sine[kSide / 2];
   int first[kSide / 2], second[kSide / 2];  // partners
   int order[kMostTriples];                  // of the largest eigenvalues
@@ -94,7 +95,8 @@ __device__ __forceinline__ void gram_schmidt(double* c, double* e, int count, in
 }
 
 // Rows of q: the unit eigenvectors of the symmetric h [count, count], whose diagonal becomes the
-// eigenvalues, in no order. Jacobi rotations of count/2 disjoint pairs at once; in a sweep all meet.
+// eigenvalues, in no order. Jacobi rotations of count/2 disjoint pairs at once; in a sweep all
+// meet.
 __device__ __forceinline__ void eigenvectors(double* h, double* q, int count) {
   Dense* d = dense();
   const int even = (count + 1) / 2 * 2, pairs = even / 2;  // with a row of zeros, if count is odd
@@ -166,13 +168,16 @@ __device__ __forceinline__ void eigenvectors(double* h, double* q, int count) {
 }
 
 // From the orthonormal coordinates e of the search space (v, s, d; power: v, d) and the Gram matrix
-// b of its images: θ, and t [side − k, side], whose rows are the new v and, but for power, the new s in coordinates of it.
+// b of its images: θ, and t [side − k, side], whose rows are the new v and, but for power, the new
+// s in coordinates of it.
 __device__ __forceinline__ void rayleigh_ritz(int k, bool power) {
   Dense* d = dense();
   double *a = d->a, *b = d->b, *e = d->e, *q = d->q, *t = d->t;
   const int side = power ? 2 * k : 3 * k, outputs = side - k;
   const auto entry = [](const double* x) { return [=](int i, int j) { return x[i * kSide + j]; }; };
-  const auto transposed = [](const double* x) { return [=](int i, int j) { return x[j * kSide + i]; }; };
+  const auto transposed = [](const double* x) {
+    return [=](int i, int j) { return x[j * kSide + i]; };
+  };
   product(a, side, side, side, entry(e), entry(b));
   product(b, side, side, side, entry(a), transposed(e));
   eigenvectors(b, q, side);

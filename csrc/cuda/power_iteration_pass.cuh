@@ -206,8 +206,8 @@ __device__ __forceinline__ void pass(const Work& p, bool backwards, C* y, Measur
   }
 }
 
-// The sum over the team of a share [np], in the block's slice, handed to use(j, sum), each column to one thread. All
-// threads of the block call it.
+// The sum over the team of a share [np], in the block's slice, handed to use(j, sum), each column
+// to one thread. All threads of the block call it.
 template <class Use>
 __device__ __forceinline__ void sum_shares(const Team& team, const Work& p, C* share,
                                            const Use& use) {

@@ -26,9 +26,7 @@ struct Subspace {
 };
 static_assert(sizeof(Dense) + sizeof(Subspace) <= kDenseBytes);
 
-__device__ __forceinline__ Subspace* subspace() {
-  return reinterpret_cast<Subspace*>(dense() + 1);
-}
+__device__ __forceinline__ Subspace* subspace() { return reinterpret_cast<Subspace*>(dense() + 1); }
 
 // ---- the pass ----------------------------------------------------------------------------------
 
@@ -303,9 +301,9 @@ enum Stage { kStart, kStep, kEnd };
 //
 // kStep: the search space; dense()->e gets its orthonormal coordinates. The residuals d of a Ritz
 // basis are orthogonal to the space it came from, up to rounding. Small parts on v and s are taken
-// off by linearity, after the pass; where a d has large ones, or is nearly dependent on those before
-// it, that would blow up the rounding of the images: then d itself is changed, twice at the most.
-// power: no image is carried on; v stands in where d has lost a dimension.
+// off by linearity, after the pass; where a d has large ones, or is nearly dependent on those
+// before it, that would blow up the rounding of the images: then d itself is changed, twice at the
+// most. power: no image is carried on; v stands in where d has lost a dimension.
 //
 // kStart, kEnd: x itself is changed, until it was far from dependent. A row that leaves nothing
 // becomes random.
@@ -334,8 +332,7 @@ __device__ __forceinline__ void settle(Team& team, Stage stage, bool power, C* x
     if (!(any || again) || last_look || turn == (step ? 2 : 5)) return;
     again = any && !step;
 #pragma unroll 1
-    for (int at = threadIdx.x; at < fresh * kSide; at += THREADS)
-      d->t[at] = d->e[old * kSide + at];
+    for (int at = threadIdx.x; at < fresh * kSide; at += THREADS) d->t[at] = d->e[old * kSide + at];
     rotate(x, stride, length, rows, old, fresh);
 #pragma unroll 1
     for (int i = 0; i < fresh && !step; ++i)
@@ -475,12 +472,17 @@ __device__ __forceinline__ void run(Team& team, Work& p, const Settings& set, co
       }
 #pragma unroll 1
       for (int which = 0; which < 3; ++which)
-        rotate(which == 0 ? y : which == 1 ? s.zx + p.first : x, which == 0 ? p.item.m : p.np,
-               which == 0 ? p.rows : p.count, side, 0, old);
+        rotate(which == 0   ? y
+               : which == 1 ? s.zx + p.first
+                            : x,
+               which == 0 ? p.item.m : p.np, which == 0 ? p.rows : p.count, side, 0, old);
       residuals(team, p, set, side);
     }
     const bool left = stage == kEnd;
-    settle(team, stage, set.power, left ? y : stage == kStart ? x + old * p.np : x,
+    settle(team, stage, set.power,
+           left              ? y
+           : stage == kStart ? x + old * p.np
+                             : x,
            left ? p.item.m : p.np, left ? p.first_row : p.first, left ? p.rows : p.count,
            left ? p.item.m : p.item.n, stage == kStep ? side : k, stage == kStep ? old : 0, 2 * k);
     if (stage == kEnd) break;

@@ -27,9 +27,9 @@ struct Settings {
   const C* start;  // [Σ n·k] or null: random
 };
 struct Results {
-  C *u, *v;                   // [Σ m·k], [Σ n·k]
-  double *sigma, *residual;   // [matrices of the call · k]
-  double* upper;              // [matrices of the call]; so are the next two
+  C *u, *v;                  // [Σ m·k], [Σ n·k]
+  double *sigma, *residual;  // [matrices of the call · k]
+  double* upper;             // [matrices of the call]; so are the next two
   int64* steps;
   unsigned char* converged;
 };

@@ -11,6 +11,7 @@ from torch.nn.functional import normalize
 
 import gti_kernels as gti
 
+from ..cuda_kernels import power_iteration as cuda
 from .case import RESNET18_PARAMETERS, Call, Case, Work
 from .leapfrog import kick_drift
 from .two_form import two_form
@@ -78,6 +79,17 @@ def _passes(device: str, batch: int, m: int, n: int, steps: int, streaming: bool
         peers={} if streaming else {"streaming (triton)": lambda: op("triton")},
         bytes_moved=steps * once if streaming else 0,
     )
+
+
+def _classes(device: str, batch: int, m: int, n: int, steps: int) -> Work:
+    """The CUDA C++ kernel with W on chip beside the same kernel with W read anew in each pass."""
+    generator = torch.Generator(device).manual_seed(0)
+    w = torch.randn(batch, m, n, generator=generator, device=device, dtype=torch.bfloat16)
+
+    def op(mode: int) -> object:
+        return cuda.power_iteration([w], 1, "cg", steps, 0.0, None, 0, mode)
+
+    return Work(lambda: op(cuda.ON_CHIP), {"streaming (cuda)": lambda: op(cuda.STAGED)}, 0)
 
 
 def _graph(call: Call) -> Call:
@@ -198,6 +210,17 @@ def full_cases() -> list[Case]:
                 "bfloat16",
                 lambda device, b=batch, m=m, n=n: _passes(device, b, m, n, 20, False),  # type: ignore[misc]
                 {"streaming (triton)": 3.0},
+            )
+        )
+    for batch, m, n in ((64, 128, 128), (8, 768, 768), (1, 3072, 768)):  # block, cluster, grid
+        out.append(
+            Case(
+                "power_iteration",
+                "20 passes, on chip beside streaming",
+                f"[{batch}, {m}, {n}]",
+                "bfloat16",
+                lambda device, b=batch, m=m, n=n: _classes(device, b, m, n, 20),  # type: ignore[misc]
+                {"streaming (cuda)": 3.0},
             )
         )
     out.append(
