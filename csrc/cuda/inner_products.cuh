@@ -177,8 +177,8 @@ constexpr int kSteps = R > 1 ? 1 : METRIC || WEIGHTED || (V == 8 && !SYMMETRIC) 
 constexpr bool kOneTile = R == 1;
 constexpr int kUnit = kSteps * kFold * 4 * V;  // columns
 // On a multiprocessor at once, as registers allow.
-constexpr int kBlocks =
-    R == 1 || (R == 2 && !METRIC && !WEIGHTED && !(SYMMETRIC && V == 8)) ? 2 : 1;
+constexpr bool kTight = METRIC || R > 1;  // for eight numbers at once
+constexpr int kBlocks = (R == 1 || (R == 2 && !METRIC && !WEIGHTED)) && !(V == 8 && kTight) ? 2 : 1;
 constexpr int kFlush = 512 * kFold / kUnit;                 // units
 constexpr int kSlots = kForms * R * R * 2 * 32 + 2 * TILE;  // numbers of a warp in shared memory
 
