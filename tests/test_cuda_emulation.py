@@ -410,6 +410,14 @@ def test_several_triples_stay_once_they_are_found(emulated, dtype, method):
                 assert (x.T @ x - torch.eye(k)).abs().max() < 32 * eps
 
 
+def test_several_triples_take_the_steps_of_the_reference(emulated):
+    """Where the last move counts: without it a step is one of steepest descent."""
+    emulated("block")
+    w = testing.with_spectrum(1 - torch.arange(40).double() / 41, 64, 40).float()
+    steps = [int(gti.power_iteration([w], k=2, backend=b).steps) for b in ("cuda", "reference")]
+    assert abs(steps[0] - steps[1]) <= 1
+
+
 @every_subspace_class
 def test_several_start_vectors(emulated, kind):
     emulated(kind)

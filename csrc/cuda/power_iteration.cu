@@ -6,8 +6,9 @@
 //   power_iteration_team.cuh      what a block knows of its matrix; barriers and sums of a team
 //   power_iteration_pass.cuh      the pass over W, k = 1; the norms of W
 //   power_iteration_step.cuh      k = 1: what happens between two passes
-//   power_iteration_subspace.cuh  k > 1: its pass and its steps
-//   power_iteration_dense.cuh     k > 1: small matrices in shared memory
+//   power_iteration_subspace.cuh  k > 1: what happens between two passes
+//   power_iteration_subspace_pass.cuh  its pass
+//   power_iteration_dense.cuh     its small matrices in shared memory
 //
 // A matrix W [m, n] is owned by a team of `size` blocks: each has a range of rows, and of all
 // vectors of length n a slice of columns. For k = 1 a step is
