@@ -540,3 +540,15 @@ def test_as_many_triples_as_there_are(backend):
     r = gti.power_iteration(low, k=4, tol=1e-8, backend=backend)
     torch.testing.assert_close(r.u.T @ r.u, torch.eye(4, dtype=torch.float64))
     assert r.sigma[2:].abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_steps_after_convergence_do_no_harm(backend, dtype):
+    """Residuals that are rounding are no directions, least of all where 3k > n."""
+    sigma = torch.tensor([2, 2, 2, 1, 1, 1, 0.5, 0.5, 0.5, 0.25], dtype=dtype)
+    w = testing.with_spectrum(sigma, 30, 12)
+    r = gti.power_iteration(w, k=5, tol=0.0, max_steps=90, backend=backend)
+    eps = torch.finfo(dtype).eps
+    assert ((r.sigma - sigma[:5]).abs() < 100 * eps).all()
+    assert (r.v.mT @ r.v - torch.eye(5, dtype=r.v.dtype)).abs().max() < 300 * eps

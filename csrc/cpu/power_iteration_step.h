@@ -69,7 +69,9 @@ GTI_INLINE bool orthonormalize(C* x, const C* b, int64_t stride, int count, int6
     subtract(x, scale, b, stride, count, n, c);
     dots(x, x, n, 1, n, &norm2);
     const double left = std::sqrt(norm2);
-    scale = left > 100.0 * std::numeric_limits<C>::epsilon() ? 1.0 / left : 0.0;
+    // What is left of a direction that the b span is rounding, and lies in their span again, as far
+    // as they are orthonormal: the second time shows it.
+    scale = left > (twice ? 0.5 : 100.0 * std::numeric_limits<C>::epsilon()) ? 1.0 / left : 0.0;
   }
   subtract(x, scale, b, stride, 0, n, c);
   return scale > 0.0;
