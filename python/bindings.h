@@ -2,9 +2,25 @@
 // inv_mass.
 #pragma once
 
+#include <memory>
+#include <string_view>
+
 #include "tensors.h"
 
 namespace gti {
+
+// What a kernel wrote, made into tensors where they are asked for.
+struct KernelResult {
+  virtual ~KernelResult() = default;
+  virtual py::object field(std::string_view name) = 0;
+};
+
+// In a capsule, which costs a tenth of an object of a bound class.
+inline py::object in_capsule(std::unique_ptr<KernelResult> result) {
+  py::capsule capsule(result.get(), [](void* x) { delete static_cast<KernelResult*>(x); });
+  result.release();
+  return capsule;
+}
 
 void bind_kinetic_energy(py::module_& module);
 void bind_leapfrog(py::module_& module);

@@ -6,6 +6,10 @@
 
 namespace gti {
 
+static py::object field_of(const py::capsule& result, std::string_view name) {
+  return result.get_pointer<KernelResult>()->field(name);
+}
+
 bool inv_mass_of(py::handle inv_mass, const std::vector<View>& like, InvMass& out, bool recording) {
   const auto read = [](PyObject* x, double& value) {
     if (!PyFloat_CheckExact(x)) return false;
@@ -37,6 +41,7 @@ PYBIND11_MODULE(_compiled, module) {
       "Compiled CPU kernels of gti_kernels: pointers, sizes and strides; knows "
       "no torch.";
   module.def("set_tensor_types", &gti::set_tensor_types);
+  module.def("field", &gti::field_of);
   gti::bind_kinetic_energy(module);
   gti::bind_leapfrog(module);
   gti::bind_phase_space(module);

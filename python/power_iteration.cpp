@@ -12,11 +12,10 @@ namespace gti {
 
 namespace {
 
-// What the kernel wrote, made into tensors where they are asked for.
-struct PowerIterationResult {
-  int k;
-  int64_t total;  // matrices
-  bool list, any_double;
+struct PowerIterationResult : KernelResult {
+  int k = 0;
+  int64_t total = 0;  // matrices
+  bool list = false, any_double = false;
   std::vector<int64_t> all;  // the axes of the matrices
   std::vector<PowerIterationItem> items;
   std::vector<double> numbers;  // σ and residual [total, k], upper [total]
@@ -82,14 +81,23 @@ struct PowerIterationResult {
     for (size_t i = 0; i < items.size(); ++i) out[i] = one(items[i]);
     return out;
   }
+  py::object field(std::string_view name) override {
+    if (name == "u") return vector(&PowerIterationItem::m, &PowerIterationItem::u);
+    if (name == "v") return vector(&PowerIterationItem::n, &PowerIterationItem::v);
+    if (name == "residual") return number(k * total, {k});
+    if (name == "steps") return tensor<int64_t>(all, {}, steps.data());
+    if (name == "converged") return tensor<bool>(all, {}, converged.get());
+    return number(2 * k * total, {});  // upper
+  }
 };
 
 // weights: a tensor [..., m, n], or a list of tensors [out, ...], each one matrix [out, −1]; start:
-// None, or right vectors for them, a tensor or a list. The pair (sigma, PowerIterationResult), or
-// None where an argument is not what the kernel takes.
+// None, or right vectors for them, a tensor or a list. The pair (sigma, capsule of a
+// PowerIterationResult), or None where an argument is not what the kernel takes.
 py::object run(py::handle weights, py::handle start, int k, std::string_view method,
                int64_t max_steps, double tol, uint64_t seed, int threads) {
-  PowerIterationResult out{};
+  auto result = std::make_unique<PowerIterationResult>();
+  PowerIterationResult& out = *result;
   out.k = k;
   out.list = PyList_Check(weights.ptr());
   std::vector<View> ws, starts;
@@ -124,7 +132,7 @@ py::object run(py::handle weights, py::handle start, int k, std::string_view met
     power_iteration(out.items.data(), out.items.size(), k, how, max_steps, tol, seed, threads);
   });
   const py::object sigma = out.number(0, {k});
-  return py::make_tuple(sigma, py::cast(std::move(out)));
+  return py::make_tuple(sigma, in_capsule(std::move(result)));
 }
 
 bool uses_gram(int itemsize, int64_t m, int64_t n, int k, std::string_view method,
@@ -144,21 +152,6 @@ bool uses_gram(int itemsize, int64_t m, int64_t n, int k, std::string_view metho
 }  // namespace
 
 void bind_power_iteration(py::module_& module) {
-  using Item = PowerIterationItem;
-  using Result = PowerIterationResult;
-  py::class_<Result>(module, "SingularTriples")
-      .def_property_readonly("u", [](const Result& r) { return r.vector(&Item::m, &Item::u); })
-      .def_property_readonly("v", [](const Result& r) { return r.vector(&Item::n, &Item::v); })
-      .def_property_readonly("residual",
-                             [](const Result& r) { return r.number(r.k * r.total, {r.k}); })
-      .def_property_readonly(
-          "steps",
-          [](const Result& r) { return Result::tensor<int64_t>(r.all, {}, r.steps.data()); })
-      .def_property_readonly(
-          "converged",
-          [](const Result& r) { return Result::tensor<bool>(r.all, {}, r.converged.get()); })
-      .def_property_readonly("upper",
-                             [](const Result& r) { return r.number(2 * r.k * r.total, {}); });
   module.def("power_iteration", &run);
   module.def("power_iteration_uses_gram", &uses_gram);
 }

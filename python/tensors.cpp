@@ -36,12 +36,12 @@ ExchangeTable* table = nullptr;
 
 using Range = std::pair<const char*, const char*>;
 
-// Tensor.is_neg and properties of Tensor, called without a search for the name: neither
-// torch.Tensor nor torch.nn.Parameter overrides them.
+// Methods and properties of Tensor, called without a search for the name: neither torch.Tensor nor
+// torch.nn.Parameter overrides them.
 PyMethodDef* is_neg = nullptr;
+PyMethodDef* is_view = nullptr;
 PyGetSetDef* requires_grad = nullptr;
 PyGetSetDef* grad = nullptr;
-PyGetSetDef* base = nullptr;
 
 // Consumes the reference; an error counts as true.
 bool is_true(PyObject* object) {
@@ -56,13 +56,7 @@ bool is_true(PyObject* object) {
 // is_neg lets go of the GIL and costs more than all other questions here, so tensors of several
 // elements that are no view are not asked.
 bool is_negated(py::handle tensor, const View& view) {
-  if (view.count > 1) {
-    PyObject* found = base->get(tensor.ptr(), base->closure);
-    const bool no_view = found == Py_None;
-    if (!found) PyErr_Clear();
-    Py_XDECREF(found);
-    if (no_view) return false;
-  }
+  if (view.count > 1 && !is_true(is_view->ml_meth(tensor.ptr(), nullptr))) return false;
   return is_true(is_neg->ml_meth(tensor.ptr(), nullptr));
 }
 
@@ -81,14 +75,19 @@ void set_tensor_types(const py::tuple& types) {
       throw py::import_error(std::string("Tensor.") + name + " of this torch is not native");
     return reinterpret_cast<PyGetSetDescrObject*>(property.ptr())->d_getset;
   };
-  const py::object method = types[0].attr("is_neg");
-  if (Py_TYPE(method.ptr()) != &PyMethodDescr_Type)
-    throw py::import_error("Tensor.is_neg of this torch is not native");
-  is_neg = reinterpret_cast<PyMethodDescrObject*>(method.ptr())->d_method;
+  const auto question = [&](const char* name) {
+    const py::object method = types[0].attr(name);
+    PyMethodDef* found = nullptr;
+    if (Py_TYPE(method.ptr()) == &PyMethodDescr_Type)
+      found = reinterpret_cast<PyMethodDescrObject*>(method.ptr())->d_method;
+    if (!found || found->ml_flags != METH_NOARGS)
+      throw py::import_error(std::string("Tensor.") + name + " of this torch is not native");
+    return found;
+  };
+  is_neg = question("is_neg");
+  is_view = question("_is_view");
   requires_grad = getter("requires_grad");
   grad = getter("grad");
-  base = getter("_base");
-  if (is_neg->ml_flags != METH_NOARGS) throw py::import_error("Tensor.is_neg takes arguments");
   table = found;
   tensor_types.clear();
   for (auto type : types) {

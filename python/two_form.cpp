@@ -9,11 +9,13 @@ namespace gti {
 
 namespace {
 
-// What the kernel wrote, made into tensors where they are asked for.
-struct TwoFormResult {
+struct TwoFormResult : KernelResult {
   std::vector<int64_t> shape;
   bool with_metric;
   std::vector<double> numbers;  // omega, error_bound, metric: of `shape` each
+
+  TwoFormResult(std::vector<int64_t> shape, bool with_metric, int64_t size)
+      : shape(std::move(shape)), with_metric(with_metric), numbers((with_metric ? 3 : 2) * size) {}
 
   int64_t size() const { return static_cast<int64_t>(numbers.size()) / (with_metric ? 3 : 2); }
   double* matrix(int64_t i) { return numbers.data() + i * size(); }
@@ -23,10 +25,14 @@ struct TwoFormResult {
     std::copy_n(matrix(i), size(), to);
     return out;
   }
+  py::object field(std::string_view name) override {
+    if (name == "error_bound") return tensor(1);
+    return with_metric ? tensor(2) : py::object(py::none());
+  }
 };
 
-// dq, dp: tensors [m, N] or [batch, m, N], or lists of [m, ...]. The pair (omega, TwoFormResult),
-// or None where an argument is not what the kernel takes.
+// dq, dp: tensors [m, N] or [batch, m, N], or lists of [m, ...]. The pair (omega, capsule of a
+// TwoFormResult), or None where an argument is not what the kernel takes.
 py::object run(py::handle dq, py::handle dp, bool metric, bool recording, int threads) {
   std::vector<View> qs, ps;
   if (!views_of(dq, qs, recording) || !views_of(dp, ps, recording) || qs.size() != ps.size() ||
@@ -46,25 +52,19 @@ py::object run(py::handle dq, py::handle dp, bool metric, bool recording, int th
     coordinates += items[i].count;
   }
   if (coordinates == 0) return py::none();
-  TwoFormResult result{{m, m}, metric, std::vector<double>((metric ? 3 : 2) * batch * m * m)};
-  if (batched) result.shape.insert(result.shape.begin(), batch);
+  std::vector<int64_t> shape{m, m};
+  if (batched) shape.insert(shape.begin(), batch);
+  auto result = std::make_unique<TwoFormResult>(std::move(shape), metric, batch * m * m);
   without_gil(qs, static_cast<double>(m), [&] {
-    two_form(items.data(), items.size(), batch, m, result.matrix(0), result.matrix(1),
-             metric ? result.matrix(2) : nullptr, threads);
+    two_form(items.data(), items.size(), batch, m, result->matrix(0), result->matrix(1),
+             metric ? result->matrix(2) : nullptr, threads);
   });
-  const py::object omega = result.tensor(0);
-  return py::make_tuple(omega, py::cast(std::move(result)));
+  const py::object omega = result->tensor(0);
+  return py::make_tuple(omega, in_capsule(std::move(result)));
 }
 
 }  // namespace
 
-void bind_two_form(py::module_& module) {
-  py::class_<TwoFormResult>(module, "TwoForm")
-      .def_property_readonly("error_bound", [](TwoFormResult& r) { return r.tensor(1); })
-      .def_property_readonly("metric", [](TwoFormResult& r) {
-        return r.with_metric ? r.tensor(2) : py::object(py::none());
-      });
-  module.def("two_form", &run);
-}
+void bind_two_form(py::module_& module) { module.def("two_form", &run); }
 
 }  // namespace gti

@@ -621,6 +621,16 @@ def test_triples_of_known_spectra(method: str) -> None:
     assert torch.allclose(w @ v, sigma[:, None, :] * u, atol=1e-9)
 
 
+def test_steps_after_convergence_do_no_harm() -> None:
+    """Residuals that are rounding are no directions, least of all where 3k > n."""
+    w = normal((9, 7), torch.float64, 1)
+    out = run(power_iteration, [w[None]], k=3, tol=0.0, max_steps=24)
+    sigma, _, (v,), residual, *_ = out
+    top = torch.linalg.svdvals(w)[:3]
+    assert ((sigma[0] - top).abs() <= 1e-14 * top[0]).all() and (residual <= 1e-14).all()
+    assert (v[0].mT @ v[0] - torch.eye(3).to(v)).abs().max() <= 1e-14
+
+
 def test_power_iteration_converges_and_each_stops_by_itself() -> None:
     """Known spectra: σ to the square of the residual, true residual as reported, never over σ₁."""
     ws, tops = [], []

@@ -7,6 +7,7 @@ namespace gti {
 void gram(const GramItem* items, int64_t n_items, int64_t batch, int64_t m, int64_t l, double* gram,
           double* bound, int threads) {
   const bool symmetric = items[0].b == nullptr, weighted = items[0].weight != nullptr;
+  constexpr Form kForms[] = {Form::gram};
   int64_t columns = 0;
   for (int64_t i = 0; i < n_items; ++i) columns += items[i].count;
   for_each_problem(batch, columns, threads, [&](int64_t problem, int inner) {
@@ -20,7 +21,7 @@ void gram(const GramItem* items, int64_t n_items, int64_t batch, int64_t m, int6
                        t.weight_dtype,
                        t.weight};
     }
-    InnerProducts products(of_problem.data(), n_items, m, l, {Form::gram}, symmetric, weighted);
+    InnerProducts products(of_problem.data(), n_items, m, l, kForms, symmetric, weighted);
     products.run(inner);
     for (int64_t i = 0; i < m; ++i)
       for (int64_t j = symmetric ? i : 0; j < l; ++j) {

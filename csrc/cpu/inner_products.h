@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <span>
 #include <vector>
 
 #include "simd.h"
@@ -275,15 +276,16 @@ class InnerProducts {
   // upper: only pairs i <= j. forms: one or two of skew, metric; or gram alone. y = nullptr in
   // every item: y is x (gram). weighted: x is multiplied by the weights, which every item has.
   InnerProducts(const Item* items, int64_t n_items, int64_t rows_of_x, int64_t rows_of_y,
-                std::vector<Form> forms, bool upper, bool weighted)
+                std::span<const Form> forms, bool upper, bool weighted)
       : items_(items),
         x_(rows_of_x),
         y_(rows_of_y),
         tiles_of_y_(padded(rows_of_y) / kTile),
-        forms_(std::move(forms)),
+        n_forms_(static_cast<int64_t>(forms.size())),
         upper_(upper),
         weighted_(weighted),
         first_(n_items + 1, 0) {
+    std::copy(forms.begin(), forms.end(), forms_);
     for (int64_t i = 0; i < n_items; ++i) {
       first_[i + 1] = first_[i] + items[i].count;
       compensated_ |= items[i].dtype == DType::f64;
@@ -354,7 +356,7 @@ class InnerProducts {
   }
 
  private:
-  int64_t pairs() const { return static_cast<int64_t>(forms_.size()) * tiles_ * kArea; }
+  int64_t pairs() const { return n_forms_ * tiles_ * kArea; }
   int64_t tile_at(int64_t ti, int64_t tj) const {
     return upper_ ? ti * tiles_of_y_ - ti * (ti - 1) / 2 + tj - ti : ti * tiles_of_y_ + tj;
   }
@@ -380,7 +382,7 @@ class InnerProducts {
     if (panel < kMinPanel) panel = std::max(fitting(kLargePanelBytes), kMinPanel);
     panel = std::min(panel, (end - begin + kLanes - 1) / kLanes * kLanes);
     const int64_t stride = panel + kLanes;  // no power of two: rows would share cache sets
-    const int64_t n_sums = static_cast<int64_t>(forms_.size()) * tiles_ * kArea;
+    const int64_t n_sums = n_forms_ * tiles_ * kArea;
     const int64_t low_rows = weighted_ ? px : 0;
 
     Buffer<double> memory((rows + low_rows + weighted_) * stride + 2 * (px + py) * kLanes +
@@ -393,9 +395,8 @@ class InnerProducts {
     double* low = x + rows * stride;
     double* weight = low + low_rows * stride;
 
-    const bool only_skew =
-        forms_.size() == 1 && forms_[0] == Form::skew && tiles_ == 1 && x_ == kTile;
-    const int64_t steps = static_cast<int64_t>(forms_.size()) * tiles_ * (panel / kLanes);
+    const bool only_skew = n_forms_ == 1 && forms_[0] == Form::skew && tiles_ == 1 && x_ == kTile;
+    const int64_t steps = n_forms_ * tiles_ * (panel / kLanes);
     std::vector<const char*> lines;
     Pair* out = sums_.data() + s * pairs();
     int64_t since = 0;  // columns since the lanes' sums were last added up
@@ -468,7 +469,7 @@ class InnerProducts {
   void add_panel(const double* x, const double* y, const double* low, int64_t stride, int64_t n,
                  Ahead ahead, Sum* sums) const {
     const int64_t tiles = padded(x_) / kTile, height = kTile * stride;
-    for (size_t f = 0; f < forms_.size(); ++f)
+    for (int64_t f = 0; f < n_forms_; ++f)
       for (int64_t ti = 0; ti < tiles; ++ti)
         for (int64_t tj = upper_ ? ti : 0; tj < tiles_of_y_; ++tj, sums += kArea) {
           const Rows<double> r{x + ti * height, y + ti * height, x + tj * height, y + tj * height,
@@ -508,7 +509,8 @@ class InnerProducts {
 
   const Item* items_;
   int64_t x_, y_, tiles_of_y_, tiles_ = 0, segments_ = 1;
-  std::vector<Form> forms_;
+  Form forms_[2] = {};
+  int64_t n_forms_;
   bool upper_, weighted_, compensated_ = false;
   std::vector<int64_t> first_;   // number of the first column of each item
   std::vector<Pair> sums_;       // [segments, forms, tiles, kArea]

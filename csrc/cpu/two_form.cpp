@@ -7,9 +7,8 @@ namespace {
 
 void one(const Item* items, int64_t n_items, int64_t m, double* omega, double* bound,
          double* metric, int threads) {
-  std::vector<Form> forms{Form::skew};
-  if (metric) forms.push_back(Form::metric);
-  InnerProducts products(items, n_items, m, m, forms, true, false);
+  constexpr Form kForms[] = {Form::skew, Form::metric};
+  InnerProducts products(items, n_items, m, m, std::span(kForms, metric ? 2 : 1), true, false);
   products.run(threads);
   const auto square = [&](int64_t i) { return products.square_of_x(i) + products.square_of_y(i); };
   for (int64_t i = 0; i < m; ++i) {

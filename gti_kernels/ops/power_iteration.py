@@ -298,9 +298,8 @@ def _power_iteration(
         vs = None if not start else start[0] if batched else start
         out = _on_cpu(ws, vs, k, method, max_steps, tol, seed)
         assert out is not None, "the compiled kernel takes whatever passes the checks"
-        sigma, rest = out
-        u, v = ([rest.u], [rest.v]) if batched else (rest.u, rest.v)
-        return sigma, u, v, rest.residual, rest.steps, rest.converged, rest.upper
+        sigma, u, v, *rest = SingularTriples.from_kernel(*out)
+        return (sigma, [u], [v], *rest) if batched else (sigma, u, v, *rest)
     settings = (k, method, max_steps, tol, start or None, seed)
     if chosen == "triton":
         from ..triton_kernels import power_iteration as triton

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
 
-from typing_extensions import Self
+from .. import backends
 
 
 class Field:
@@ -17,7 +17,8 @@ class Field:
     def __get__(self, result: Any, owner: type) -> Any:
         if result is None:
             return self
-        value = getattr(result._kernel, self.name)
+        assert backends.compiled is not None
+        value = backends.compiled.field(result._kernel, self.name)
         result.__dict__[self.name] = value
         return value
 
@@ -30,24 +31,27 @@ class Result:
     """
 
     _fields: tuple[str, ...] = ()
-    _first: str
     _kernel: Any  # a result of the compiled module
+
+    #: (the first field, the result of the compiled module that has the others) → a result
+    from_kernel: ClassVar[Callable[[Any, Any], Any]]
 
     def __init_subclass__(cls) -> None:
         cls._fields = tuple(name for name, x in vars(cls).items() if isinstance(x, Field))
-        cls._first = cls._fields[0]
+        first = cls._fields[0]
+        new = cls.__new__
+
+        def from_kernel(value: Any, kernel: Any) -> Any:
+            result = new(cls)
+            setattr(result, first, value)
+            result._kernel = kernel
+            return result
+
+        cls.from_kernel = staticmethod(from_kernel)
 
     def __init__(self, *values: Any) -> None:
         for name, value in zip(self._fields, values, strict=True):
             setattr(self, name, value)
-
-    @classmethod
-    def from_kernel(cls, first: Any, kernel: Any) -> Self:
-        """The first field, and the result of the compiled module that has the others."""
-        result = cls.__new__(cls)
-        setattr(result, cls._first, first)
-        result._kernel = kernel
-        return result
 
     def __iter__(self) -> Iterator[Any]:
         return (getattr(self, name) for name in self._fields)
@@ -58,7 +62,7 @@ class Result:
     def __getitem__(self, index: Any) -> Any:
         return tuple(self)[index]
 
-    def _replace(self, **changes: Any) -> Self:
+    def _replace(self, **changes: Any) -> Any:
         """The same with other values of some fields."""
         values = {name: getattr(self, name) for name in self._fields} | changes
         return type(self)(*values.values())

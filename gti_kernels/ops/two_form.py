@@ -90,8 +90,8 @@ def _two_form(
     if chosen == "cpu":
         assert backends.compiled is not None
         qp = (q[0], p[0]) if batched else (q, p)
-        omega, rest = backends.compiled.two_form(*qp, metric, False, get_num_threads())
-        bound, result = rest.error_bound, rest.metric
+        out = backends.compiled.two_form(*qp, metric, False, get_num_threads())
+        omega, bound, result = TwoForm.from_kernel(*out)
     else:
         omega, bound, result = _kernel(chosen)(q, p, metric)
     return omega, bound, omega.new_empty(0) if result is None else result

@@ -7,11 +7,14 @@ import triton.language as tl
 
 
 @triton.jit
-def gram_schmidt(gram, COUNT: tl.constexpr, P: tl.constexpr, LEAST: tl.constexpr):
+def gram_schmidt(
+    gram, COUNT: tl.constexpr, OLD: tl.constexpr, P: tl.constexpr, LEAST: tl.constexpr
+):
     """E [P, P] and q [P] for COUNT vectors with this Gram matrix, taken in their order.
 
     E·(vectors) is orthonormal; q_j is the share of ‖vector j‖² that those before it leave. Where
-    q_j ≤ LEAST the vector has nothing new, and row j of E is zero.
+    q_j ≤ LEAST, or less than half is left by the first OLD vectors of one that follows them, the
+    vector has nothing new: q_j = 0, and row j of E is zero.
     """
     i = tl.arange(0, P)
     square = diagonal(gram, P)
@@ -21,6 +24,7 @@ def gram_schmidt(gram, COUNT: tl.constexpr, P: tl.constexpr, LEAST: tl.constexpr
     e = tl.where(i[:, None] == i[None, :], scale[:, None], 0.0)
     q = tl.where(usable, 1.0, 0.0).to(tl.float64)
     for j in range(COUNT):
+        q = tl.where((j == OLD) & (i >= OLD) & (q < 0.5), 0.0, q)
         kept = q > LEAST
         inverse = tl.gather(
             tl.where(kept, 1.0 / tl.sqrt(tl.where(kept, q, 1.0)), 0.0), i * 0 + j, 0

@@ -11,7 +11,10 @@ with their images Y = X Wᵀ, Z = Y W. d are the k directions of the pass. One s
 
 X is only about orthonormal: its Gram matrix is measured, and solve orthonormalises in coordinates.
 So a direction that is all but dependent on the others is left out (see `least_share`): in fp64 with
-k > 1 the last digits may take a step more than in the reference, which works on the vectors.
+k > 1 the last digits may take a step more than in the reference, which works on the vectors. A
+residual is orthogonal to v and s as long as it is more than rounding. One that is not half so is
+left out too: taking v and s out of it in coordinates would multiply the rounding of their images,
+which follow by linearity, from step to step.
 Shares are added in a fixed order. A matrix that has converged is recognised by its residual and its
 programs return at once: the host launches `max_steps` passes and never waits.
 """
@@ -322,7 +325,7 @@ def solve_kernel(
         y = _sum(image_shares, table + ROWS * items + item, J, P)
         if not CG:
             x = tl.where((row >= K) & (col >= K), x, 0.0)  # the span of d alone
-        e, left = gram_schmidt(x, J, P, LEAST)
+        e, left = gram_schmidt(x, J, J - K, P, LEAST)
         h = product(product(e, y, P), tl.trans(e), P)
         # What was dropped (in the first step, all but d) ranks below every θ.
         h = tl.where((row == col) & (left <= LEAST)[:, None], -1.0, h)
@@ -340,7 +343,7 @@ def solve_kernel(
         negative = tl.where(old == 0, new, old) < 0  # v keeps its sign; the first has that of d
         best = tl.where(negative[:, None], -best, best)
         best = tl.where((row >= K) & (col < K), 0.0, best)
-        f, _ = gram_schmidt(product(best, tl.trans(best), P), J - K, P, LEAST)
+        f, _ = gram_schmidt(product(best, tl.trans(best), P), J - K, J, P, LEAST)
         t = product(product(f, best, P), e, P)
         tl.store(rotation + item * (J * J) + row * J + col, t, mask=(row < J) & (col < J))
 

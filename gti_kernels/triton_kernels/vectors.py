@@ -67,7 +67,7 @@ def orthonormalise(
         for first in range(0, length, BLOCK):
             rows = rows_of(x, length, first + tl.arange(0, BLOCK), K, KP)
             gram += tl.sum(rows[:, None, :] * rows[None, :, :], axis=2)
-        e, left = gram_schmidt(gram, K, KP, 1e-12)
+        e, left = gram_schmidt(gram, K, K, KP, 1e-12)
         left = tl.where(i < K, left, 1.0)
         least = tl.min(left, axis=0)
         for first in range(0, length, BLOCK):
