@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import shutil
 import struct
 import subprocess
 import tempfile
@@ -17,6 +18,8 @@ from gti_kernels import backends
 from gti_kernels.cuda_kernels import compiler
 
 HERE = Path(__file__).parent
+COMPILE = ("g++", "-std=c++20", "-Og", "-fPIC", "-fsanitize=alignment", "-Wno-unknown-pragmas",
+           "-ffp-contract=off")  # fmt: skip  # what is to be fused is written as fma
 _folder = tempfile.TemporaryDirectory(prefix="cuda_emulation")
 
 Order = int  #: 0: threads in the order of their numbers, 1: the other way round, more: shuffled
@@ -78,19 +81,30 @@ def _word(x: Any) -> int:
 
 
 @functools.cache
+def _driver() -> Path:
+    """driver.cpp beside its header, which is compiled once for all kernels."""
+    folder = Path(_folder.name)
+    for name in ("driver.cpp", "emulation.h"):
+        shutil.copy(HERE / name, folder)
+    _run(*COMPILE, "-x", "c++-header", str(folder / "emulation.h"))
+    return folder / "driver.cpp"
+
+
+def _run(*line: str) -> None:
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@functools.cache
 def build(text: str, entry: str, defines: tuple[tuple[str, Any], ...]) -> Any:
     """The function `emulate` of driver.cpp for a source text."""
     folder = Path(tempfile.mkdtemp(dir=_folder.name))
     source, code, library = folder / "source.cu", folder / "driver.o", folder / "driver.so"
     source.write_text(text, encoding="utf-8")
-    command = ["g++", "-std=c++20", "-Og", "-fPIC", "-fsanitize=alignment", "-Wno-unknown-pragmas"]
-    command += ["-ffp-contract=off"]  # what is to be fused is written as fma
-    command += [f'-DSOURCE="{source}"', f"-DENTRY={entry}", *(f"-D{k}={v}" for k, v in defines)]
+    macros = [f'-DSOURCE="{source}"', f"-DENTRY={entry}", *(f"-D{k}={v}" for k, v in defines)]
     # Linked apart: the library of the sanitizer is not needed.
-    for line in ([*command, "-c", str(HERE / "driver.cpp"), "-o", str(code)],
-                 ["g++", "-shared", str(code), "-o", str(library)]):  # fmt: skip
-        done = subprocess.run(line, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
+    _run(*COMPILE, *macros, "-c", str(_driver()), "-o", str(code))
+    _run("g++", "-shared", str(code), "-o", str(library))
     emulate = ctypes.CDLL(str(library)).emulate
     emulate.restype = ctypes.c_char_p
     u32, size = ctypes.c_uint, ctypes.c_size_t
