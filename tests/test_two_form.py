@@ -388,3 +388,13 @@ def test_every_panel_boundary():
             q, p = q.double(), p.double()
             assert torch.equal(t.omega, q @ p.T - p @ q.T)
             assert torch.equal(t.metric, q @ q.T + p @ p.T)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_four_rows_are_read_as_they_lie(dtype):
+    """Columns that fill a panel by themselves and columns that share one: the same sums."""
+    dq, dp = (numbers(4, 3000, dtype=dtype, seed=s) for s in (1, 2))
+    whole = gti.two_form(dq, dp, backend="cpu")
+    parts = gti.two_form(list(dq.split(100, dim=1)), list(dp.split(100, dim=1)), backend="cpu")
+    assert torch.equal(whole.omega, parts.omega)
+    torch.testing.assert_close(whole.error_bound, parts.error_bound, rtol=1e-12, atol=0.0)
