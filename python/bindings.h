@@ -15,7 +15,7 @@ struct KernelResult {
   virtual py::object field(std::string_view name) = 0;
 };
 
-// In a capsule, which costs a tenth of an object of a bound class.
+// In a capsule, which is cheaper to make and to drop than an object of a bound class.
 inline py::object in_capsule(std::unique_ptr<KernelResult> result) {
   py::capsule capsule(result.get(), [](void* x) { delete static_cast<KernelResult*>(x); });
   result.release();
