@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -117,15 +118,20 @@ class SpectralNorm(nn.Module):
             norm = torch.linalg.vector_norm(weight, dtype=compute_dtype(weight.dtype))
             return weight / _divisor(norm, self.eps)
         passes = self.n_power_iterations + 1 if self.training else 1
-        function = _Normalized
+        plain, function = is_plain_eager(), _Normalized
         if not torch.compiler.is_compiling():  # which takes only the plainest form
-            function = _NormalizedEager if is_plain_eager() else _NormalizedTransformed
+            function = _NormalizedEager if plain else _NormalizedTransformed
         out, u, v, sigma = function.apply(weight, self._v, passes, self.eps, self.dim)
         if self.training:
-            with torch.no_grad():
-                known = sigma == sigma  # not NaN
-                u = without_transforms(torch.where(known, u.squeeze(1), self._u))
-                v = without_transforms(torch.where(known, v.squeeze(1), self._v))
+            u, v = u.detach().squeeze(1), v.detach().squeeze(1)
+            if plain and sigma.is_cpu:
+                if math.isnan(sigma.item()):
+                    return out
+                u, v = u.clone(), v.clone()
+            else:
+                known = sigma.detach() == sigma.detach()  # not NaN
+                u = without_transforms(torch.where(known, u, self._u))
+                v = without_transforms(torch.where(known, v, self._v))
             self._buffers["_u"], self._buffers["_v"] = u, v
         return out
 

@@ -62,7 +62,7 @@ void panel_pass(const T* w, int64_t rows, int k, Strides at, const C* x, C* y, C
 
 #define GTI_GRAM(T)                                                                               \
   GTI_CLONES void gram_panel(const T* w, int64_t n, bool tall, int64_t s, int64_t at,             \
-                             int64_t count, double* panel, double* g) {                           \
+                             int64_t count, compute_t<T>* panel, double* g) {                     \
     tall ? gram_of_rows(w, s, at, count, panel, g)                                                \
          : gram_of_columns(w, n, s, at, count, panel, g);                                         \
   }                                                                                               \
@@ -282,9 +282,10 @@ void run_small(Matrix<T> matrix, const Settings& set, const void* next,
   matrix.finish(it, sizes, set);
 }
 
-// The k top right singular vectors [n, k] by way of the Gram matrix of the short side, WᵀW or WWᵀ,
-// in fp64: one pass over W for it, and one for v = Wᵀu where the rows are the short side. Not
-// finite where W is not.
+// The k top right singular vectors [n, k] by way of the Gram matrix of the short side, WᵀW or WWᵀ:
+// one pass over W for it, and one for v = Wᵀu where the rows are the short side. Not finite where W
+// is not, or where its squares leave the range of the compute type. Only a start: what rounding in
+// the compute type leaves of an error, the iteration removes.
 template <class T>
 std::vector<double> start_from_gram(const Matrix<T>& matrix, const Settings& set, int threads) {
   const int64_t m = matrix.item.m, n = matrix.item.n, k = set.k;
@@ -294,7 +295,7 @@ std::vector<double> start_from_gram(const Matrix<T>& matrix, const Settings& set
   std::vector<double> parts(segments * sp * sp), gram(s * s), top(s * k), spare(s * k + 2 * k + 1);
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
   for (int64_t b = 0; b < segments; ++b) {
-    Buffer<double> panel(gram_panel_size(s));
+    Buffer<compute_t<T>> panel(gram_panel_size(s));
     const int64_t end = std::min(length, (b + 1) * kGramSegment);
     for (int64_t at = b * kGramSegment; at < end; at += kGramPanel)
       gram_panel(matrix.w(), n, tall, s, at, std::min(kGramPanel, end - at), panel.data(),
@@ -431,8 +432,8 @@ void run_large(Matrix<T> matrix, Settings set, int threads) {
 
 // A step of the iteration costs one pass, s·length·itemsize bytes at about 10 per ns and core from
 // beyond L2; a matrix that two cores hold there iterates faster than that. The Gram matrix costs a
-// pass or two and s²·length/2 multiply-adds in fp64 at about 16 per ns and core; an iteration with
-// no start of its own takes about 20 steps.
+// pass or two and s²·length/2 multiply-adds at about 16 (fp64) or 32 per ns and core; an iteration
+// with no start of its own takes about 20 steps.
 bool power_iteration_uses_gram(const PowerIterationItem& item, int k, PowerMethod method,
                                int64_t max_steps, double tol) {
   const int64_t s = std::min(item.m, item.n), length = std::max(item.m, item.n);
@@ -442,7 +443,8 @@ bool power_iteration_uses_gram(const PowerIterationItem& item, int k, PowerMetho
   if (method != PowerMethod::cg || tol == 0.0 || item.start || s > kShort ||
       size * compute <= 2 * kSmallBytes || 2 * k > s)
     return false;
-  const double pass = size * itemsize / 10.0, gram = size * static_cast<double>(s) / 2.0 / 16.0;
+  const double pass = size * itemsize / 10.0,
+               gram = size * static_cast<double>(s) / 2.0 / (128.0 / compute);
   return gram + 3.0 * pass < std::min<double>(20.0, static_cast<double>(max_steps)) * pass;
 }
 
