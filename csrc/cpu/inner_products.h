@@ -2,8 +2,8 @@
 //
 // Columns are cut into segments, one for a thread at a time, and a segment into panels. The rows of
 // a panel are widened to fp64 once, into a buffer that stays in cache, from as many items as fill
-// it; every tile of 4 x 4 pairs reads them there. Meanwhile the memory of the next panel is
-// fetched. Where one tile is all there is, it reads the rows as they lie.
+// it; every tile of 4 x 4 pairs reads them there, and fetches the memory of the next panel. The
+// skew tiles on the diagonal are summed already while their rows are widened.
 #pragma once
 
 #include <algorithm>
@@ -74,17 +74,15 @@ GTI_INLINE void flush(Compensated& s, Pair& out) {
 // What is summed for a pair of rows: x_i·y_j − y_i·x_j, x_i·x_j + y_i·y_j, or x_i·y_j.
 enum class Form { skew, metric, gram };
 
-// Rows of x and of y, `stride` numbers apart, from the first of a tile on: of a panel in fp64, or
-// as they lie.
-template <class T>
+// Rows of x and of y in a panel, `stride` numbers apart, from the first of a tile on.
 struct Rows {
-  const T *xi, *yi, *xj, *yj;
+  const double *xi, *yi, *xj, *yj;
   int64_t stride;
 };
-// Cache lines to fetch during a tile, `each` of them with every step.
+// Cache lines to fetch during a tile, `each` of them with every step, `shift` bytes on.
 struct Ahead {
-  const char* const* lines;
-  int64_t each;
+  const char* const* lines = nullptr;
+  int64_t each = 0, shift = 0;
 };
 
 // Lane by lane: GCC makes one instruction of this, and six of __builtin_convertvector.
@@ -98,46 +96,29 @@ GTI_INLINE Vec<double, kLanes> wide(const V& v) {
 // Adds n columns, a multiple of kLanes, to the sums of 4 x 4 pairs. kUpper: a tile on the diagonal,
 // where both sides are the same rows, and only pairs of i < j (skew) or i <= j are summed. The two
 // terms of skew have sums of their own there, the second one's in place of (j, i): six sums alone
-// would wait for each other. kAsTheyLie (a tile on the diagonal): also squares += Σ_c x² + y² of
-// each row, lane by lane, and the memory is fetched that comes next in each row.
-template <Form kForm, bool kUpper, bool kAsTheyLie, class T, class Sum>
-GTI_INLINE void tile(const Rows<T>& rows, int64_t n, Ahead ahead, Sum* sums, double* squares) {
+// would wait for each other.
+template <Form kForm, bool kUpper, class Sum>
+GTI_INLINE void tile(const Rows& rows, int64_t n, Ahead ahead, Sum* sums) {
   using V = Vec<double, kLanes>;
   constexpr int kFirst = kForm == Form::skew ? 1 : 0;
-  const Rows<T> r = rows;
-  const auto in_fp64 = [](const T* x) GTI_INLINE_LAMBDA {
-    if constexpr (std::is_same_v<T, double>)
-      return load<kLanes>(x);
-    else
-      return wide(load<kLanes>(x));
-  };
-  V square[kTile];
-  for (int i = 0; kAsTheyLie && i < kTile; ++i) square[i] = load<kLanes>(squares + i * kLanes);
+  const Rows r = rows;
   Sum s[kArea];
 #pragma GCC unroll 16
   for (int e = 0; e < kArea; ++e) s[e] = sums[e];
   const char* const* line = ahead.lines;
   for (int64_t c = 0; c < n; c += kLanes) {
-    for (int64_t k = 0; k < ahead.each; ++k) __builtin_prefetch(*line++);
+    for (int64_t k = 0; k < ahead.each; ++k) __builtin_prefetch(*line++ + ahead.shift);
     V x[kTile], y[kTile];
 #pragma GCC unroll 4
     for (int i = 0; i < kTile; ++i) {
-      x[i] = in_fp64(r.xi + i * r.stride + c);
-      if (kForm != Form::gram) y[i] = in_fp64(r.yi + i * r.stride + c);
-      if constexpr (kAsTheyLie) {
-        fetch_ahead(r.xi + i * r.stride + c);
-        square[i] += x[i] * x[i];
-        if (kForm != Form::gram) {
-          fetch_ahead(r.yi + i * r.stride + c);
-          square[i] += y[i] * y[i];
-        }
-      }
+      x[i] = load<kLanes>(r.xi + i * r.stride + c);
+      if (kForm != Form::gram) y[i] = load<kLanes>(r.yi + i * r.stride + c);
     }
 #pragma GCC unroll 4
     for (int j = 0; j < kTile; ++j) {
       constexpr bool kSame = kUpper && kForm != Form::gram;
-      const V v = kSame ? y[j] : in_fp64(r.yj + j * r.stride + c);
-      const V u = kSame ? x[j] : kForm == Form::gram ? v : in_fp64(r.xj + j * r.stride + c);
+      const V v = kSame ? y[j] : load<kLanes>(r.yj + j * r.stride + c);
+      const V u = kSame ? x[j] : kForm == Form::gram ? v : load<kLanes>(r.xj + j * r.stride + c);
 #pragma GCC unroll 4
       for (int i = 0; i < (kUpper ? j + 1 - kFirst : kTile); ++i) {
         Sum& to = s[i * kTile + j];
@@ -156,15 +137,14 @@ GTI_INLINE void tile(const Rows<T>& rows, int64_t n, Ahead ahead, Sum* sums, dou
   }
 #pragma GCC unroll 16
   for (int e = 0; e < kArea; ++e) sums[e] = s[e];
-  for (int i = 0; kAsTheyLie && i < kTile; ++i) store(squares + i * kLanes, square[i]);
 }
 
-#define GTI_TILE(form, Sum)                                                                       \
-  GTI_CLONES void form##_tile(const Rows<double>& r, int64_t n, Ahead ahead, Sum* sums) {         \
-    tile<Form::form, false, false>(r, n, ahead, sums, nullptr);                                   \
-  }                                                                                               \
-  GTI_CLONES void upper_##form##_tile(const Rows<double>& r, int64_t n, Ahead ahead, Sum* sums) { \
-    tile<Form::form, true, false>(r, n, ahead, sums, nullptr);                                    \
+#define GTI_TILE(form, Sum)                                                               \
+  GTI_CLONES void form##_tile(const Rows& r, int64_t n, Ahead ahead, Sum* sums) {         \
+    tile<Form::form, false>(r, n, ahead, sums);                                           \
+  }                                                                                       \
+  GTI_CLONES void upper_##form##_tile(const Rows& r, int64_t n, Ahead ahead, Sum* sums) { \
+    tile<Form::form, true>(r, n, ahead, sums);                                            \
   }
 GTI_TILE(skew, Plain)
 GTI_TILE(metric, Plain)
@@ -173,18 +153,66 @@ GTI_TILE(skew, Compensated)
 GTI_TILE(metric, Compensated)
 GTI_TILE(gram, Compensated)
 #undef GTI_TILE
-#define GTI_ONLY_TILE(T)                                                                      \
-  GTI_CLONES void only_skew_tile(const Rows<T>& r, int64_t n, Plain* sums, double* squares) { \
-    tile<Form::skew, true, true>(r, n, Ahead{}, sums, squares);                               \
+// The skew tile on the diagonal while its rows are widened: x_rows and y_rows [4, n], `count`
+// apart; squares += Σ_c x² + y² of each row, lane by lane. kKeep: the rows in fp64 go to wide_x and
+// wide_y. Else nobody reads them again, and the memory is fetched that comes next in each row.
+template <bool kKeep, class T>
+GTI_INLINE void early_tile(const T* x_rows, const T* y_rows, int64_t count, int64_t n,
+                           double* wide_x, double* wide_y, int64_t stride, Plain* sums,
+                           double* squares) {
+  using V = Vec<double, kLanes>;
+  V square[kTile];
+  for (int i = 0; i < kTile; ++i) square[i] = load<kLanes>(squares + i * kLanes);
+  Plain s[kArea];
+#pragma GCC unroll 16
+  for (int e = 0; e < kArea; ++e) s[e] = sums[e];
+  for (int64_t c = 0; c < n; c += kLanes) {
+    V x[kTile], y[kTile];
+#pragma GCC unroll 4
+    for (int i = 0; i < kTile; ++i) {
+      const T *x_at = x_rows + i * count + c, *y_at = y_rows + i * count + c;
+      x[i] = wide(load<kLanes>(x_at));
+      y[i] = wide(load<kLanes>(y_at));
+      if (!kKeep) {
+        fetch_ahead(x_at);
+        fetch_ahead(y_at);
+      } else {
+        store(wide_x + i * stride + c, x[i]);
+        store(wide_y + i * stride + c, y[i]);
+      }
+      square[i] += x[i] * x[i];
+      square[i] += y[i] * y[i];
+    }
+#pragma GCC unroll 4
+    for (int j = 1; j < kTile; ++j)
+#pragma GCC unroll 4
+      for (int i = 0; i < j; ++i) {
+        s[i * kTile + j].add(x[i], y[j]);
+        s[j * kTile + i].add(y[i], x[j]);
+      }
   }
-GTI_ONLY_TILE(float)
-GTI_ONLY_TILE(bf16)
-GTI_ONLY_TILE(f16)
-#undef GTI_ONLY_TILE
+#pragma GCC unroll 16
+  for (int e = 0; e < kArea; ++e) sums[e] = s[e];
+  for (int i = 0; i < kTile; ++i) store(squares + i * kLanes, square[i]);
+}
+
+#define GTI_EARLY_TILE(T)                                                                      \
+  GTI_CLONES void early_skew_tile(const T* x, const T* y, int64_t count, int64_t n,            \
+                                  double* wide_x, double* wide_y, int64_t stride, Plain* sums, \
+                                  double* squares) {                                           \
+    if (wide_x != nullptr)                                                                     \
+      early_tile<true>(x, y, count, n, wide_x, wide_y, stride, sums, squares);                 \
+    else                                                                                       \
+      early_tile<false>(x, y, count, n, wide_x, wide_y, stride, sums, squares);                \
+  }
+GTI_EARLY_TILE(float)
+GTI_EARLY_TILE(bf16)
+GTI_EARLY_TILE(f16)
+#undef GTI_EARLY_TILE
 
 template <class Sum>
-void add_tile(Form form, bool upper, const Rows<double>& r, int64_t n, Ahead ahead, Sum* sums) {
-  using Tile = void(const Rows<double>&, int64_t, Ahead, Sum*);
+void add_tile(Form form, bool upper, const Rows& r, int64_t n, Ahead ahead, Sum* sums) {
+  using Tile = void(const Rows&, int64_t, Ahead, Sum*);
   Tile* const tiles[3][2] = {
       {skew_tile, upper_skew_tile}, {metric_tile, upper_metric_tile}, {gram_tile, upper_gram_tile}};
   tiles[static_cast<int>(form)][upper](r, n, ahead, sums);
@@ -395,29 +423,32 @@ class InnerProducts {
     double* low = x + rows * stride;
     double* weight = low + low_rows * stride;
 
-    const bool only_skew = n_forms_ == 1 && forms_[0] == Form::skew && tiles_ == 1 && x_ == kTile;
-    const int64_t steps = n_forms_ * tiles_ * (panel / kLanes);
+    // Cache lines of the first panel of item `listed`, and more of the last one.
     std::vector<const char*> lines;
+    int64_t listed = -1, n_lines = 0;
     Pair* out = sums_.data() + s * pairs();
     int64_t since = 0;  // columns since the lanes' sums were last added up
     int64_t at = begin;
     int64_t i = std::upper_bound(first_.begin(), first_.end(), begin) - first_.begin() - 1;
-    const auto added = [&](int64_t n) {
-      since += n;
-      if (since + panel <= kDepth && at < end) return;
-      for (int64_t e = 0; e < n_sums; ++e) flush(sums[e], out[e]);
-      since = 0;
+    // The panel from `at` on, where one item holds all of it, to be fetched by `tiles` tiles.
+    const auto next_panel = [&](int64_t tiles) -> Ahead {
+      if (at >= end || first_[i + 1] - at < panel) return {};
+      if (listed != i) {
+        lines.clear();
+        add_lines_of(items_[i], panel, lines);
+        listed = i;
+        n_lines = static_cast<int64_t>(lines.size());
+        lines.resize(n_lines + n_forms_ * tiles_ * (panel / kLanes), lines.back());
+      }
+      const int64_t steps = tiles * (panel / kLanes);
+      return {lines.data(), (n_lines + steps - 1) / steps, (at - first_[i]) * size_of(items_[i])};
     };
     while (at < end) {
-      if constexpr (std::is_same_v<Sum, Plain>) {
-        if (only_skew && std::min(end, first_[i + 1]) - at >= panel) {
-          add_as_they_lie(items_[i], at - first_[i], panel, sums, squares);
-          at += panel;
-          i += at == first_[i + 1];
-          added(panel);
-          continue;
-        }
-      }
+      // Tiles on the diagonal that are summed while their rows are widened.
+      const bool whole = std::min(end, first_[i + 1]) - at >= panel;
+      const bool plain = std::is_same_v<Sum, Plain>;
+      const int64_t early = plain && whole && forms_[0] == Form::skew ? x_ / kTile : 0;
+      const int64_t late = n_forms_ * tiles_ - early;
       int64_t n = 0;
       for (; n < panel && at < end; i += at == first_[i + 1]) {
         const Item& item = items_[i];
@@ -426,11 +457,21 @@ class InnerProducts {
         with_dtype(item.dtype, [&](auto* tag) {
           using T = std::remove_pointer_t<decltype(tag)>;
           const T* from = static_cast<const T*>(item.x) + offset;
-          widen_rows(from, item.count, x_, count, x + n, stride, unweighted);
-          if (y != x) {
-            if (item.y != nullptr) from = static_cast<const T*>(item.y) + offset;
-            widen_rows(from, item.count, y_, count, y + n, stride, unweighted + px * kLanes);
-          }
+          const T* from_y = static_cast<const T*>(item.y) + offset;
+          if constexpr (std::is_same_v<Sum, Plain> && sizeof(T) < sizeof(double))
+            for (int64_t t = 0; t < early; ++t) {
+              const int64_t r = t * kTile, to = r * stride;
+              early_skew_tile(from + r * item.count, from_y + r * item.count, item.count, count,
+                              late > 0 ? x + to : nullptr, y + to, stride,
+                              sums + tile_at(t, t) * kArea, squares + r * kLanes);
+            }
+          const auto widen = [&](const T* from, int64_t rows, double* to, double* squares) {
+            const int64_t r = early * kTile;
+            widen_rows(from + r * item.count, item.count, rows - r, count, to + r * stride + n,
+                       stride, squares + r * kLanes);
+          };
+          widen(from, x_, x, unweighted);
+          if (y != x) widen(item.y ? from_y : from, y_, y, unweighted + px * kLanes);
         });
         if (weighted_)
           with_dtype(item.weight_dtype, [&](auto* tag) {
@@ -451,13 +492,12 @@ class InnerProducts {
         weigh_rows(x, low, weight, x_, n, stride, squares);
         weigh_rows(y, nullptr, weight, y_, n, stride, squares + px * kLanes);
       }
-      int64_t each = 0;
-      if (at < end && first_[i + 1] - at >= panel) {
-        if (lines.empty()) lines.resize((x_ + y_) * panel / kLanes + steps);
-        each = (lines_of(items_[i], at - first_[i], panel, lines.data()) + steps - 1) / steps;
+      if (late > 0) add_panel(x, y, low, stride, n, next_panel(late), early, sums);
+      since += n;
+      if (since + panel > kDepth || at >= end) {
+        for (int64_t e = 0; e < n_sums; ++e) flush(sums[e], out[e]);
+        since = 0;
       }
-      add_panel(x, y, low, stride, n, Ahead{lines.data(), each}, sums);
-      added(n);
     }
     for (int64_t r = 0; r < x_ + y_; ++r) {
       const int64_t from = r < x_ || y == x ? r % x_ : px + r - x_;
@@ -465,15 +505,16 @@ class InnerProducts {
     }
   }
 
+  // early: tiles on the diagonal, of the first form, that have been summed before.
   template <class Sum>
   void add_panel(const double* x, const double* y, const double* low, int64_t stride, int64_t n,
-                 Ahead ahead, Sum* sums) const {
+                 Ahead ahead, int64_t early, Sum* sums) const {
     const int64_t tiles = padded(x_) / kTile, height = kTile * stride;
     for (int64_t f = 0; f < n_forms_; ++f)
       for (int64_t ti = 0; ti < tiles; ++ti)
         for (int64_t tj = upper_ ? ti : 0; tj < tiles_of_y_; ++tj, sums += kArea) {
-          const Rows<double> r{x + ti * height, y + ti * height, x + tj * height, y + tj * height,
-                               stride};
+          if (f == 0 && ti == tj && ti < early) continue;
+          const Rows r{x + ti * height, y + ti * height, x + tj * height, y + tj * height, stride};
           add_tile(forms_[f], upper_ && ti == tj, r, n, ahead, sums);
           ahead.lines += ahead.each * (n / kLanes);
           if constexpr (std::is_same_v<Sum, Compensated>)
@@ -481,30 +522,18 @@ class InnerProducts {
         }
   }
 
-  // n columns of an item from `offset` on, for the one tile of skew sums there is.
-  static void add_as_they_lie(const Item& item, int64_t offset, int64_t n, Plain* sums,
-                              double* squares) {
-    with_dtype(item.dtype, [&](auto* tag) {
-      using T = std::remove_pointer_t<decltype(tag)>;
-      if constexpr (sizeof(T) < sizeof(double)) {
-        const T* x = static_cast<const T*>(item.x) + offset;
-        const T* y = static_cast<const T*>(item.y) + offset;
-        only_skew_tile(Rows<T>{x, y, x, y, item.count}, n, sums, squares);
-      }
-    });
+  static int64_t size_of(const Item& item) {
+    return item.dtype == DType::f64 ? 8 : item.dtype == DType::f32 ? 4 : 2;
   }
-
-  // Writes the cache lines of n columns from `offset` on to `lines`; returns how many.
-  int64_t lines_of(const Item& item, int64_t offset, int64_t n, const char** lines) const {
-    const int64_t size = item.dtype == DType::f64 ? 8 : item.dtype == DType::f32 ? 4 : 2;
-    const char** line = lines;
+  // The cache lines of the first n columns of an item.
+  void add_lines_of(const Item& item, int64_t n, std::vector<const char*>& lines) const {
     for (const auto& [start, rows] : {std::pair(item.x, x_), std::pair(item.y, y_)})
       for (int64_t r = 0; start != nullptr && r < rows; ++r) {
-        // A row's first line came with the panel before, unless it begins there.
-        const char* from = static_cast<const char*>(start) + (r * item.count + offset) * size;
-        for (int64_t b = kCacheLine - 1; b < n * size; b += kCacheLine) *line++ = from + b;
+        // A row's first line comes with the panel before.
+        const char* from = static_cast<const char*>(start) + r * item.count * size_of(item);
+        for (int64_t b = kCacheLine - 1; b < n * size_of(item); b += kCacheLine)
+          lines.push_back(from + b);
       }
-    return line - lines;
   }
 
   const Item* items_;
