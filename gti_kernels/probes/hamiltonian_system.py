@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from ..phase_space import PhaseSpace
 from .arguments import finite
 from .batch_statistics import functional_normalization, join, tracked_layers
 from .clock import Clock
+from .last_force import LastForce
 from .live_state import preserved_random_state, preserved_training_flags, seed_generators
 
 REGIMES = ("batch", "running", "frozen")
@@ -30,11 +31,13 @@ class State:
 
     q: L tensors, the trainable parameters; p: L momenta of the same shapes and dtypes;
     b: all else that a forward pass reads, by name: buffers and parameters without requires_grad.
+    last_force: of the last half kick, which the next one may share.
     """
 
     q: list[Tensor]
     p: list[Tensor]
     b: dict[str, Tensor]
+    last_force: LastForce = field(default_factory=LastForce, init=False, repr=False, compare=False)
 
     def copy(self, dtype: torch.dtype | None = None) -> State:
         """The same point in memory of its own; `dtype` replaces every float dtype."""
@@ -56,7 +59,9 @@ class HamiltonianSystem:
 
     Both half kicks of step t use batch t, so each step is palindromic: with γ = 0 it is symplectic,
     with γ > 0 conformally symplectic (Ω → e^{−γ dt} Ω), and step t with −dt undoes step t with +dt.
-    The price is two gradients per step, since the next step's first half kick has another batch.
+    The price is two gradients per step, since the next step's first half kick has another batch;
+    with one batch it asks for the same gradient, which is evaluated once: T + 1 in T steps, as long
+    as evaluating it writes no buffer and draws no random number.
 
     The system never writes to the model: it steps copies of parameters and buffers, and calls the
     model on them. What it borrows (training flags, random state) is returned after every probe,
@@ -207,11 +212,11 @@ class HamiltonianSystem:
         """
         damp = math.exp(-self.damping * dt / 2)
         self.update_statistics(state, t)
-        force = self.gradient(state, t)
+        force = self._shared_gradient(state, t)
         if grid is not None:
             with self.clock("kernels"):
                 grid.kick_drift_(dt / 2, dt, damp=damp, grads=force)
-            force = self.gradient(state, t)
+            force = self._shared_gradient(state, t)
             with self.clock("kernels"):
                 grid.kick_(damp * dt / 2, damp=damp, grads=force)
                 for p, exact in zip(state.p, grid.momenta, strict=True):
@@ -228,13 +233,13 @@ class HamiltonianSystem:
                 damp=damp,
                 backend=self.backend,
             )
-        force = self.gradient(state, t)
+        force = self._shared_gradient(state, t)
         with self.clock("kernels"):
             kick_(state.p, force, damp * dt / 2, damp=damp, backend=self.backend)
 
     def update_statistics(self, state: State, t: int) -> None:
         """In the regime "running": b ← (1 − m) b + m·(moments of batch t at q); else nothing."""
-        if self.regime == "running":
+        if self.regime == "running" and self.layers:
             with torch.no_grad():
                 moments = self.batch_moments(state.q, state.b, t)
                 for name, m in self.count_batch(state).items():
@@ -273,6 +278,15 @@ class HamiltonianSystem:
                 for x, g in zip(state.q, grads, strict=True)
             ]
 
+    def _shared_gradient(self, state: State, t: int) -> list[Tensor]:
+        """The gradient, or that of the half kick before where it is the same."""
+        return state.last_force(
+            [*state.q, *state.b.values()],
+            self.batch_number(t),
+            self.random_seed(t),
+            lambda: self.gradient(state, t),
+        )
+
     def loss(self, q: Sequence[Tensor], b: dict[str, Tensor], t: int, y: Any = None) -> Tensor:
         """L_t(q) with buffers b, 0-d, in the dtype of q; y replaces the batch's target."""
         y = self.target(t, q[0].dtype) if y is None else y
@@ -286,8 +300,8 @@ class HamiltonianSystem:
 
     def output(self, q: Sequence[Tensor], b: dict[str, Tensor], t: int) -> Any:
         """The model's output on batch t with parameters q, buffers b, random draw of step t."""
-        seed_generators(self.device, (self.seed * 1_000_003 + t) % 2**63)
-        x = self._fitted(self.batches[t % len(self.batches)][0], q[0].dtype)
+        seed_generators(self.device, self.random_seed(t))
+        x = self._fitted(self.batches[self.batch_number(t)][0], q[0].dtype)
         return functional_call(self.model, {**dict(zip(self.names, q, strict=True)), **b}, x)
 
     def energy(self, state: State) -> float:
@@ -305,7 +319,15 @@ class HamiltonianSystem:
 
     def target(self, t: int, dtype: torch.dtype) -> Any:
         """The target y of batch t, in fp64 when the parameters are (`dtype`)."""
-        return self._fitted(self.batches[t % len(self.batches)][1], dtype)
+        return self._fitted(self.batches[self.batch_number(t)][1], dtype)
+
+    def batch_number(self, t: int) -> int:
+        """Which batch step t uses."""
+        return t % len(self.batches)
+
+    def random_seed(self, t: int) -> int:
+        """What the generators are seeded with before each forward pass of step t."""
+        return (self.seed * 1_000_003 + t) % 2**63
 
     def _fitted(self, x: Any, dtype: torch.dtype) -> Any:
         return cast(x, dtype) if dtype == torch.float64 else x

@@ -6,20 +6,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+
+def random_state(device: torch.device) -> list[Tensor]:
+    """The states of the generators of the CPU and, where it is another, of `device`."""
+    cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.get_rng_state(), *cuda]
 
 
 @contextmanager
 def preserved_random_state(device: torch.device) -> Iterator[None]:
     """The generators of the CPU and of `device` leave the block as they entered it."""
-    cpu = torch.get_rng_state()
-    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    cpu, *cuda = random_state(device)
     try:
         yield
     finally:
         torch.set_rng_state(cpu)
-        if cuda is not None:
-            torch.cuda.set_rng_state(cuda, device)
+        for state in cuda:
+            torch.cuda.set_rng_state(state, device)
 
 
 @contextmanager

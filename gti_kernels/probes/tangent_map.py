@@ -174,12 +174,19 @@ def push_step(
     statistics in the regime "running" (the updated statistics depend on q, and later forces on
     them), else empty. The kicks and drifts are linear, so the tangents go through the same kernels
     as the state, with the Hessian-vector products H·dq + (∂∇L/∂b)·db in place of the gradient.
+    Where the next step's first half kick asks for the same products, they are not formed again
+    (`LastForce`).
     """
     damp = math.exp(-system.damping * dt / 2)
     if system.regime == "running" and system.layers:
         _push_statistics(system, state, tangents, t, differential)
     for half in (0, 1):
-        value, derivative = force(system, state, tangents, t, differential)
+        value, derivative = tangents.last_force(
+            [*state.q, *state.b.values(), *tangents.q, *tangents.b.values()],
+            system.batch_number(t),
+            system.random_seed(t),
+            lambda: force(system, state, tangents, t, differential),
+        )
         with system.clock("kernels"):
             for z, f in ((state, value), (tangents, derivative)):
                 if half == 0:
