@@ -50,9 +50,7 @@ class LastForce(Generic[F]):
         self._random = any(
             not torch.equal(a, b) for a, b in zip(begin, random_state(device), strict=True)
         )
-        self._seed, self._batch = seed, batch
-        if self._still(inputs):
-            self._value = value
+        self._seed, self._batch, self._value = seed, batch, value
         return value
 
     def _still(self, inputs: Sequence[Tensor]) -> bool:
