@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import gti_kernels as gti
 from gti_kernels.probes import push_tangents as module
-from gti_kernels.probes.hamiltonian_system import HamiltonianSystem
+from gti_kernels.probes.hamiltonian_system import HamiltonianSystem, State
+from gti_kernels.probes.tangent_map import Differentiator, push_step
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -232,6 +233,87 @@ def test_an_op_without_a_second_derivative_is_refused_by_name():
     dq, dp = gti.darboux_pairs(system, 1)
     with pytest.raises(RuntimeError, match="SineOnceBackward"):
         gti.push_tangents(system, dq, dp, 0.2, 1)
+
+
+class Product(torch.autograd.Function):
+    """x·y, whose backward forgets that its derivative by x depends on y."""
+
+    @staticmethod
+    def forward(ctx, x, y):
+        ctx.save_for_backward(x, y)
+        return x * y
+
+    @staticmethod
+    def backward(ctx, g):
+        x, y = ctx.saved_tensors
+        return g * y.detach(), g * x
+
+
+def test_a_second_derivative_that_is_not_symmetric_is_refused():
+    system = perceptron(Apply(lambda x: Product.apply(x, x.tanh())))
+    dq, dp = gti.darboux_pairs(system, 1)
+    with (
+        pytest.warns(UserWarning, match="two backward passes"),
+        pytest.raises(RuntimeError, match="symmetric second derivatives"),
+    ):
+        gti.push_tangents(system, dq, dp, 0.2, 1)
+
+
+# ---- draws and layouts ---------------------------------------------------------------------------
+
+
+class Across(nn.Module):
+    """A random layer that sees its input transposed: torch's transforms lay it out in another
+    order than a plain forward pass does."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.mix, self.layer = nn.Linear(4, 4), layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.mix(x.unsqueeze(1).expand(-1, 5, -1).transpose(0, 1)).transpose(1, 2)
+        return torch.tanh(self.layer(x)).mean(0).T
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Dropout(0.4),
+        nn.Dropout1d(0.4),
+        nn.AlphaDropout(0.4),
+        nn.RReLU(),
+        Apply(lambda x: x * torch.bernoulli(torch.full_like(x, 0.5))),
+        Apply(lambda x: x + torch.randn_like(x)),
+        nn.TransformerEncoderLayer(9, 3, 5, dropout=0.3, activation="gelu"),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_tangents_see_the_draws_of_the_walk(layer):
+    """The pushed state is the stepped one, to rounding, whatever the layout of what is drawn for."""
+    torch.manual_seed(0)
+    system = perceptron(Across(layer.double()))
+    for chunk in (1, 4):
+        with system.session():
+            z, w = (system.start(torch.float64) for _ in range(2))
+            tangents = State(*gti.darboux_pairs(system, 2), {})
+            for t in range(2):
+                system.step(z, t, 0.3)
+                push_step(system, w, tangents, t, 0.3, Differentiator(chunk))
+        for a, b in zip(z.q + z.p, w.q + w.p):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+def test_weight_norm_is_the_dense_jacobian():
+    """Torch's own has a Hessian that is not symmetric."""
+    torch.manual_seed(0)
+    system = perceptron(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)).double())
+    dq, dp = gti.darboux_pairs(system, 3)
+    pushed = gti.push_tangents(system, dq, dp, 0.3, 3)
+    expected = gti.push_tangents(system, dq, dp, 0.3, 3, "fd")
+    assert pushed.method == "forward over reverse"
+    for a, b in zip(pushed.dq + pushed.dp, expected.dq + expected.dp):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-7)
+    assert gti.omega_invariance(system, 0.3, 3, pairs=3).epsilon < 1e-13
 
 
 # ---- central differences -------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from .batch_statistics import functional_normalization, join, tracked_layers
 from .clock import Clock
 from .last_force import LastForce
 from .live_state import preserved_random_state, preserved_training_flags, seed_generators
+from .torch_functions import PlainFunctions
 
 REGIMES = ("batch", "running", "frozen")
 
@@ -302,7 +303,8 @@ class HamiltonianSystem:
         """The model's output on batch t with parameters q, buffers b, random draw of step t."""
         seed_generators(self.device, self.random_seed(t))
         x = self._fitted(self.batches[self.batch_number(t)][0], q[0].dtype)
-        return functional_call(self.model, {**dict(zip(self.names, q, strict=True)), **b}, x)
+        with PlainFunctions():
+            return functional_call(self.model, {**dict(zip(self.names, q, strict=True)), **b}, x)
 
     def energy(self, state: State) -> float:
         """H(q, p) in inference mode on the probe batch (the first one), evaluated in fp64."""

@@ -226,10 +226,34 @@ def force(
     point = (state.q, {name: state.b[name] for name in tangents.b}, ys)
     # The math backend of attention is the one with forward derivatives.
     with system.clock("gradients"), sdpa_kernel(SDPBackend.MATH):
+        before = differential.method
         value, derivative = differential(gradient, point, (tangents.q, tangents.b, dys))
+        if differential.method != before:
+            _check_symmetry(gradient, point, differential)
         return (
             [laid_out_like(q, f) for q, f in zip(state.q, value, strict=True)],
             [laid_out_like(dq, df) for dq, df in zip(tangents.q, derivative, strict=True)],
+        )
+
+
+def _check_symmetry(
+    gradient: Callable[..., list[Tensor]], point: tuple, differential: Differentiator
+) -> None:
+    """RuntimeError where xᵀH y and yᵀH x of two random vectors differ: some ops' formulas (torch's
+    as well) are wrong when they are differentiated twice backwards, without a word."""
+    q, *others = point
+    generator = torch.Generator().manual_seed(0)
+    xy = [torch.randn(2, *x.shape, generator=generator, dtype=x.dtype).to(x.device) for x in q]
+    zeros = tree_map(lambda x: x.new_zeros(2, *x.shape), others)
+    _, h = differential(gradient, point, (xy, *zeros))
+    one = sum(float((a[0] * b[1]).sum()) for a, b in zip(xy, h, strict=True))
+    other = sum(float((a[1] * b[0]).sum()) for a, b in zip(xy, h, strict=True))
+    size = sum(float((a[0] * b[1]).abs().sum()) for a, b in zip(xy, h, strict=True))
+    if abs(one - other) > 1e-8 * size:
+        raise RuntimeError(
+            f"system: expected symmetric second derivatives, got xᵀH y = {one:.9g} and "
+            f"yᵀH x = {other:.9g} by two backward passes: an op of the model has a wrong second "
+            f'derivative. Replace it, or use central differences (method="fd")'
         )
 
 

@@ -1,0 +1,62 @@
+"""Functions of torch as a system calls them: the same values and draws under every transform."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_RANDOM = {
+    F.dropout,
+    F.dropout1d,
+    F.dropout2d,
+    F.dropout3d,
+    F.alpha_dropout,
+    F.feature_alpha_dropout,
+    F.rrelu,
+    torch.dropout,
+    torch.alpha_dropout,
+    torch.feature_dropout,
+    torch.feature_alpha_dropout,
+    torch.rrelu,
+    torch.bernoulli,
+    torch.rand_like,
+    torch.randn_like,
+    torch.randint_like,
+    Tensor.bernoulli,
+}
+
+
+class PlainFunctions(TorchFunctionMode):
+    """Inside the block a draw belongs to an entry of a tensor, and weight norm is what it says.
+
+    torch fills memory with random numbers in the order of addresses. Transforms (jvp, vmap) may lay
+    out an activation in another order, and dropout would then take another mask: so random
+    functions see contiguous tensors. (In-place dropout keeps the layout it was given.) Weight norm
+    is v·(g/‖v‖) in plain operations: torch's own, twice differentiated, gives a Hessian that is
+    not symmetric (torch 2.13), and has no forward rule.
+    """
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        inplace = kwargs.get("inplace", len(args) > 3 and args[-1] is True)
+        if func in _RANDOM and not inplace:
+            args = tuple(_contiguous(x) for x in args)
+            kwargs = {name: _contiguous(x) for name, x in kwargs.items()}
+        elif func is torch._weight_norm:
+            return _weight_norm(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _contiguous(x: Any) -> Any:
+    return x.contiguous() if isinstance(x, Tensor) else x
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
