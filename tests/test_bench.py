@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from gti_kernels import bench, cli
-from gti_kernels.bench import gpu, power_iteration
+from gti_kernels.bench import gpu, power_iteration, two_form
 from gti_kernels.bench.case import Case, Work
 from gti_kernels.bench.timing import measure
+from gti_kernels.probes import tangent_map
+from gti_kernels.probes.hamiltonian_system import HamiltonianSystem
 
 
 def test_the_warm_started_list_and_its_peer_agree():
@@ -99,3 +101,35 @@ def test_a_line_that_fails_is_a_result_and_its_share_is_a_bar():
 def test_a_gpu_that_is_not_there_is_an_error_with_words(capsys):
     assert cli.main(["bench", "--device", "cuda", "--suite", "full"]) == 2
     assert "torch sees no CUDA device" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("batches", "passes"), [(1, 3), (4, 4)])
+def test_the_peers_of_tangents_evaluate_what_is_needed_and_no_more(monkeypatch, batches, passes):
+    """ε_Ω beside as many passes as it makes, tangents beside one gradient for each and step."""
+    count = {"force": 0, "gradient": 0}
+
+    def counting(name, function):
+        def wrapper(*args):
+            count[name] += 1
+            return function(*args)
+
+        return wrapper
+
+    counted = counting("force", tangent_map.force)
+    monkeypatch.setattr(tangent_map, "force", counted)
+    monkeypatch.setattr(two_form, "force", counted)
+    monkeypatch.setattr(
+        HamiltonianSystem, "gradient", counting("gradient", HamiltonianSystem.gradient)
+    )
+    for work in (two_form._epsilon(1, 2, batches), two_form._push(1, 2, batches)):
+        count.update(force=0, gradient=0)
+        work.op()
+        assert count == {"force": passes, "gradient": 0}
+        count.update(force=0)
+        for peer in work.peers.values():
+            peer()
+        tangents_and_steps = 2 * 2
+        assert count in (
+            {"force": passes, "gradient": 0},
+            {"force": 0, "gradient": tangents_and_steps},
+        )

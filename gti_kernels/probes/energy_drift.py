@@ -54,8 +54,9 @@ def energy_drift(system: HamiltonianSystem, dts: Sequence[float], steps: int) ->
     fifth) is bracketed by neighbouring dts whose offsets exceed the
     floor times √T, and bisected to 1 % of dt.
 
-    Costs 2T gradients and T + 1 energies per dt. floor: the rms change of H under three random
-    roundings of every coordinate, one step's worth.
+    Costs 2T gradients, T + 1 where all steps share them (see `HamiltonianSystem`), and T + 1
+    energies per dt. floor: the rms change of H under three random roundings of every coordinate,
+    one step's worth.
 
     Returns an `EnergyDrift`. TypeError, ValueError: no dt, a dt that is not > 0, steps < 5. A
     trajectory that overflows has drift NaN or inf. The model is left as it was, whatever happens.

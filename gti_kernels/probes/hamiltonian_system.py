@@ -67,7 +67,8 @@ class HamiltonianSystem:
     The system never writes to the model: it steps copies of parameters and buffers, and calls the
     model on them. What it borrows (training flags, random state) is returned after every probe,
     also when the probe raises or is interrupted. Random layers see the same draw in every visit to
-    step t (the generators are seeded from `seed` and t), so that forward and reverse steps agree.
+    step t (the generators are seeded from `seed` and t, and fill tensors in the order of their
+    indices, whatever their layout), so that forward and reverse steps and tangents agree.
 
     Parameters
     ----------

@@ -63,14 +63,15 @@ def omega_invariance(
     that is the gradient of a potential, held fixed within a step, gives 0 at every dt.
 
     tangents: "jvp" — exact derivatives, forward over reverse, kinks of ReLU or max-pool do no harm;
-        costs 2K batched Hessian-vector products. In the regime "running" the derivative follows the
-        running statistics as well. "fd" — central differences, a cross-check; 8K gradients for each
-        of the 2k tangents. chunk: tangents at a time, of `push_tangents`.
+        costs 2K batched Hessian-vector products, K + 1 on one batch (see `push_tangents`). In the
+        regime "running" the derivative follows the running statistics as well. "fd" — central
+        differences, a cross-check; up to 8K gradients for each of the 2k tangents. chunk: tangents
+        at a time, of `push_tangents`.
     draws: repeats with other directions (for "hessian", other starts); more than one gives an
         interval.
 
-    All in fp64, on copies; the memory is that of 4k + 2 parameter lists, and of the activations for
-    each tangent of a chunk.
+    All in fp64, on copies; the memory is that of 6k + 3 parameter lists (8k + 3 with several
+    chunks), and of the activations for each tangent of a chunk.
     floor: two_form's error bound, plus u √(6K) ‖S‖_F² relative to ‖J_{2k}‖_F for "jvp"; for "fd"
     the rounding u √(6K) divided by the relative increment takes the place of u √(6K) (truncation,
     which kinks dominate, is not in it).

@@ -54,18 +54,22 @@ def push_tangents(
     """(dq, dp) ← DΦ(z₀)·(dq, dp), Φ = Φ_dt^{(K−1)} ∘ … ∘ Φ_dt^{(0)} the K = `steps` steps.
 
     z₀ = (q, p) is the system's start. In the regime "running" the derivative goes through the
-    running statistics too, which depend on the parameters.
+    running statistics too, which depend on the parameters; other buffers that a forward pass writes
+    (the vectors of spectral norm, say) count as constants.
 
     Args:
         dq, dp: m tangents, [m, N] each (N in the order of the parameters), or lists over parameters
             of [m, *shape]; any float dtype, pushed in fp64. Not written.
         method: "jvp" — exact: forward over reverse through the step map. One evaluation of the
-            gradient serves all tangents of a chunk. A model with an op that has no forward rule
-            gets two backward passes for each tangent, with a warning; one with an op that cannot be
-            differentiated twice at all is refused, by the name of the op. "fd" — central
-            differences, 8K gradients for each tangent; the increment is the one of `SWEEP` where
-            the difference changes least, and a second difference that does not fall by four when it
-            is halved tells of a kink.
+            gradient serves all tangents of a chunk, with one batched Hessian-vector product for
+            each half kick: 2K of them, and K + 1 where a step's last half kick and the next one's
+            first ask for the same: on a single batch, but not in the regime "running", which has
+            updated the statistics between them, nor with random layers, which draw anew. A model
+            with an op that has no forward rule gets two backward passes for each tangent, with a
+            warning; one with an op that cannot be differentiated twice at all is refused, by the
+            name of the op. "fd" — central differences, up to 8K gradients for each tangent; the
+            increment is the one of `SWEEP` where the difference changes least, and a second
+            difference that does not fall by four when it is halved tells of a kink.
         chunk: tangents at a time; None: as many as fit `memory` bytes (1 GiB), estimated from what
             one gradient saves of its activations. The result does not depend on it but for
             rounding.

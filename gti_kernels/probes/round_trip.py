@@ -44,10 +44,11 @@ def round_trip(
     floor is state that the map does not carry (running statistics), or dynamics that amplify
     rounding.
 
-    Runs in the dtype of the parameters and costs 4K gradients. Floors: u √(6K) for state and
-    buffers (u the unit roundoff; three stored roundings per step and coordinate as a random walk;
-    what the dynamics amplify is left out); for the energy, the rms change of H when every
-    coordinate is off by that much, relatively, with random sign.
+    Runs in the dtype of the parameters and costs 4K gradients, 2K + 1 where all steps share one
+    (see `HamiltonianSystem`). Floors: u √(6K) for state and buffers (u the unit roundoff; three
+    stored roundings per step and coordinate as a random walk; what the dynamics amplify is left
+    out); for the energy, the rms change of H when every coordinate is off by that much, relatively,
+    with random sign.
 
     exact=True takes the same steps on the grid of integers of `gti_kernels.PhaseSpace`, which
     rounding cannot leave: the floors of state and energy are 0, and a state that returns does so

@@ -63,7 +63,7 @@ class Differentiator:
                 return self._second_try(f, point, tangents, m, error)
             parts.append(derivative)
             first += chunk
-        return value, tree_map(lambda *xs: torch.cat(xs), *parts)
+        return value, parts[0] if len(parts) == 1 else tree_map(lambda *x: torch.cat(x), *parts)
 
     def _forward(
         self, f: Callable[..., Any], point: tuple, tangents: tuple, batched: bool
