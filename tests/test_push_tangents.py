@@ -289,7 +289,7 @@ class Across(nn.Module):
     ids=lambda layer: type(layer).__name__,
 )
 def test_tangents_see_the_draws_of_the_walk(layer):
-    """The pushed state is the stepped one, to rounding, whatever the layout of what is drawn for."""
+    """The pushed state is the stepped one, to rounding, whatever the layouts of activations."""
     torch.manual_seed(0)
     system = perceptron(Across(layer.double()))
     for chunk in (1, 4):
