@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import gti_kernels as gti
 from gti_kernels.probes import push_tangents as module
 from gti_kernels.probes.hamiltonian_system import HamiltonianSystem, State
-from gti_kernels.probes.tangent_map import Differentiator, push_step
+from gti_kernels.probes.tangent_map import Differentiator, force, push_step
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -165,7 +165,27 @@ def test_the_memory_budget_sets_the_chunk():
     activations = 16 * 4 * 8 * 8 * 8  # one layer's output of one batch, in bytes
     assert one > 4 * activations
     pairs = gti.darboux_pairs(system, 2)
-    assert gti.push_tangents(system, *pairs, 0.05, 1, memory=int(2.5 * one)).chunk == 2
+    assert gti.push_tangents(system, *pairs, 0.05, 1, memory=int(3.5 * one)).chunk == 2
+
+
+@pytest.mark.parametrize("norm", ["none", "group", "running"])
+def test_a_chunk_fits_its_memory(norm):
+    """The allocations of one pass, live at once, against the budget that gave the chunk."""
+    system, memory = cnn_system(norm), 2**22
+    with system.session():
+        z = system.start(torch.float64)
+        chunk = module.chunk_of(system, z, memory)
+        tangents = State(*gti.darboux_pairs(system, chunk), {})
+        tangents = State([x[:chunk] for x in tangents.q], [x[:chunk] for x in tangents.p], {})
+        for _ in range(2):  # once for what torch makes at the first call
+            with torch.profiler.profile(profile_memory=True) as profile:
+                force(system, z, tangents, 0, Differentiator(chunk))
+    live = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    assert chunk > 3 and memory / 4 < peak <= memory
 
 
 class Sine(torch.autograd.Function):

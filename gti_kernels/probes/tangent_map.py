@@ -19,9 +19,9 @@ from .hamiltonian_system import HamiltonianSystem, State, laid_out_like
 
 #: Bytes that the activations of one batch of tangents may take (`chunk_of`).
 MEMORY = 2**30
-#: Memory of a tangent over what a gradient saves: the tangents of the activations and of their
-#: gradients, and as much again while they are formed.
-_TANGENT_OVER_GRADIENT = 4
+#: Memory of m tangents in units of what a gradient saves, over m + 1: the activations, their
+#: gradients, and as much again while these are formed, for each tangent and for the point itself.
+_SHARES = 3
 
 #: What torch says of an op without a forward rule, and of one that torch.func does not take.
 _NO_FORWARD_RULE = ("forward AD", "forward-mode", "jvp", "setup_context", "functorch transforms")
@@ -154,8 +154,8 @@ def chunk_of(system: HamiltonianSystem, state: State, memory: int) -> int:
         q = [x.detach().requires_grad_() for x in state.q]
         with functional_normalization(system.layers if system.regime == "batch" else {}):
             system.loss(q, state.b, 0)
-    size = 8 * system.size + _TANGENT_OVER_GRADIENT * sum(saved.values())
-    return max(1, memory // max(1, size))
+    size = _SHARES * (8 * system.size + sum(saved.values()))
+    return max(1, memory // max(1, size) - 1)
 
 
 def push_step(
