@@ -361,6 +361,20 @@ def test_two_form_twice_gives_the_same_bits(m: int, dtype: torch.dtype) -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_halves_copied_for_an_older_triton_give_the_same_bits(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x, y = tangents(6, [90, 7], [dtype], 1), tangents(6, [90, 7], [dtype], 2)
+    weight = [w[0] for w in tangents(1, [90, 7], [dtype], 3)]
+    results = []
+    for takes_halves in (False, INTERPRETING or inner_products.DOT_OF_HALVES):
+        monkeypatch.setattr(inner_products, "DOT_OF_HALVES", takes_halves)
+        results.append([*two_form.two_form(x, y, True), *gram.gram(x, None, weight)])
+        results[-1] += gram.gram(x, y, None)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("metric", [False, True])
 def test_two_form_of_a_batch_is_its_problems(metric: bool) -> None:
     q, p = normal((3, 2, 9), torch.float32, 1), normal((3, 2, 9), torch.float32, 2)

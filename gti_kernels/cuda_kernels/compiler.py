@@ -129,9 +129,14 @@ _importing = threading.Lock()
 @functools.cache
 def cuda_core() -> ModuleType:
     """cuda.core. While it is imported it puts another module in its place, so one thread at a
-    time."""
+    time. ImportError where it is missing or, before 0.5, keeps all in cuda.core.experimental."""
     with _importing:
-        return require("cuda.core", PURPOSE, "cuda")
+        core = require("cuda.core", PURPOSE, "cuda")
+    if not hasattr(core, "Program"):
+        raise ImportError(
+            f'{PURPOSE} needs cuda-core >= 0.5.1, got an older one; pip install "gti_kernels[cuda]"'
+        )
+    return core
 
 
 @functools.cache

@@ -57,8 +57,8 @@ class Kernel:
     def blocks_per_multiprocessor(self, block: Dimensions, shared_bytes: int = 0) -> int:
         """How many blocks a multiprocessor holds at once: times the number of multiprocessors, the
         largest grid of a cooperative launch."""
-        self.allow(shared_bytes)
         with _current(self.device.index):
+            self.allow(shared_bytes)
             return int(
                 self.handle.occupancy.max_active_blocks_per_multiprocessor(
                     math.prod(three(block)), shared_bytes
@@ -67,9 +67,10 @@ class Kernel:
 
     def largest_cluster(self, block: Dimensions, shared_bytes: int = 0) -> int:
         """How many blocks a cluster may have on this device: 16 where it allows more than 8."""
-        self.allow(shared_bytes, 2 * PORTABLE_CLUSTER)
+        most = 2 * PORTABLE_CLUSTER
         with _current(self.device.index):
-            config = cuda_core().LaunchConfig(**options(1, block, shared_bytes))
+            self.allow(shared_bytes, most)
+            config = cuda_core().LaunchConfig(**options(most, block, shared_bytes))
             stream = _stream(self.device.index, 0)
             return int(self.handle.occupancy.max_potential_cluster_size(config, stream=stream))
 
@@ -121,9 +122,9 @@ def launch(
     kernel may wait for all of them; see `Kernel.blocks_per_multiprocessor`.
     """
     values = arguments(kernel, args)
-    kernel.allow(shared_bytes, cluster)
     index = kernel.device.index
     with _current(index):
+        kernel.allow(shared_bytes, cluster)
         config = cuda_core().LaunchConfig(
             **options(grid, block, shared_bytes, cluster, cooperative)
         )

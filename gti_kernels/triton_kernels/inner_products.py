@@ -7,6 +7,7 @@ its result and error bound in a kernel of its own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,9 @@ LONGEST = 256  # blocks of a program, if it can be: the more, the weaker the err
 MOST_STRETCHES = 65535  # of a grid's second axis
 REDUCE_ROWS, REDUCE_BLOCK = 16, 128
 FINISH_COLUMNS = 64
+#: Whether an fp64 tl.dot takes operands that were loaded in 16 bits: the compiler of Triton 3.6,
+#: which torch 2.10 and 2.11 bring, ends in an assertion.
+DOT_OF_HALVES = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
 
 
 class Tile(NamedTuple):
@@ -280,7 +284,7 @@ def inner_products(
 
     x, y: lists of contiguous [B, m, N_t] and [B, l, N_t], B left out where there is one problem; y
     None: x, and only entries above the diagonal and on it. weight: of [N_t]. Any float dtype, that
-    of y as in x.
+    of y as in x; 16-bit tensors are copied to fp32 where Triton cannot multiply them.
 
     The bound. Let a term of size |x| pass through at most h additions, u = 2⁻⁵³. Plain sums: w x
     and, without w, the product have no error, so with its rounding the error is at most
@@ -293,11 +297,15 @@ def inner_products(
     """
     *batch, m, _ = x[0].shape
     symmetric, device = y is None, x[0].device
-    ys = x if y is None else y
-    ws: list[Tensor | None] = [None] * len(x) if weight is None else [*weight]
-    problems, l = batch[0] if batch else 1, ys[0].shape[-2]
-    exact = any(t is not None and t.dtype == torch.float64 for t in (*x, *ws))
+    problems, l = batch[0] if batch else 1, (y or x)[0].shape[-2]
+    exact = any(t.dtype == torch.float64 for t in (*x, *(weight or ())))
     tile = Tile.of(max(m, l), exact, metric)
+    if tile.DOT and not DOT_OF_HALVES:
+        x, y, weight = (
+            ts and [t.float() if t.element_size() == 2 else t for t in ts] for ts in (x, y, weight)
+        )
+    ys = x if y is None else y
+    ws: Sequence[Tensor | None] = [None] * len(x) if weight is None else weight
     down, across = triton.cdiv(m, tile.T), triton.cdiv(l, tile.T)
 
     groups: dict[tuple[torch.dtype, torch.dtype | None], list[tuple[int, ...]]] = {}
@@ -377,6 +385,8 @@ def samples() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]
     fp64, fp32, bf16 = tl.float64, tl.float32, tl.bfloat16
     forms = [(fp32, m, metric) for m in (4, 16, 256) for metric in (False, True)]
     forms += [(bf16, 4, False), (fp64, 4, False), (fp64, 4, True)]
+    if DOT_OF_HALVES:
+        forms += [(bf16, m, metric) for m in (16, 256) for metric in (False, True)]
     kinds: list[tuple[Any, Any, int, bool, bool]] = [(d, None, m, x, False) for d, m, x in forms]
     kinds += [(fp32, fp32, m, False, True) for m in (16, 256)]
     kinds += [(fp64, None, 4, False, True), (fp64, fp64, 4, False, False)]
