@@ -13,6 +13,7 @@ from cuda_sources import AXPY
 import gti_kernels as gti
 from gti_kernels import testing
 from gti_kernels.cuda_kernels import compiler, runtime
+from gti_kernels.ops.results import Result
 from gti_kernels.rows import BUILT, BY_NAME, ROWS
 
 pytestmark = [
@@ -40,7 +41,7 @@ def flat(x) -> list[torch.Tensor]:
     """All tensors of a result or of arguments."""
     if isinstance(x, torch.Tensor):
         return [x]
-    return [t for y in x for t in flat(y)] if isinstance(x, (list, tuple)) else []
+    return [t for y in x for t in flat(y)] if isinstance(x, (list, tuple, Result)) else []
 
 
 def call(op: str, backend: str, args, kwargs) -> list[torch.Tensor]:

@@ -30,23 +30,38 @@ step() {
   [ "$status" = 0 ] || failed+=("$name")
 }
 
+run_tests() {
+  # Most of the time goes into Triton's compiler: several processes where pytest-xdist is there, and
+  # beside them those kernels that only the sanitizer runs.
+  local workers=() status
+  "$python" -c 'import xdist' 2> /dev/null && workers=(-n 8)
+  "$python" tools/small_shapes.py > "$logs/small-shapes.log" 2>&1 &
+  "$python" -m pytest tests/test_gpu.py -q -p no:cacheprovider "${workers[@]}"
+  status=$?
+  wait $! || { status=1; cat "$logs/small-shapes.log"; }
+  return $status
+}
+
 sanitize() {
   # Without torch's cache each tensor is an allocation of its own: a write past its end is seen.
   # Kernels are compiled before, so the tools see launches only. They run side by side.
-  "$python" tools/small_shapes.py > "$logs/compile.log" 2>&1 || { cat "$logs/compile.log"; return 1; }
-  local tool status=0 jobs=()
+  local tool part log status=0 jobs=()
   for tool in memcheck racecheck synccheck initcheck; do
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 \
-      "$python" tools/small_shapes.py > "$logs/$tool.log" 2>&1 &
-    jobs+=("$!:$tool")
+    for part in PhaseSpace power_iteration "kick_ drift_ kick_drift_ kinetic_energy two_form gram"; do
+      log=$tool-${part%% *}
+      # shellcheck disable=SC2086
+      PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 \
+        "$python" tools/small_shapes.py $part > "$logs/$log.log" 2>&1 &
+      jobs+=("$!:$log")
+    done
   done
-  for tool in "${jobs[@]}"; do
-    wait "${tool%%:*}" || { status=1; echo "${tool##*:} FAILED"; }
-    tail -n 4 "$logs/${tool##*:}.log"
+  for log in "${jobs[@]}"; do
+    wait "${log%%:*}" || { status=1; echo "${log##*:} FAILED"; }
+    echo "${log##*:}: $(tail -n 1 "$logs/${log##*:}.log")"
   done
   return $status
 }
-export -f sanitize
+export -f run_tests sanitize
 export python logs
 
 if ! gpu=$("$python" -c '
@@ -67,7 +82,7 @@ from gti_kernels.cuda_kernels.compiler import architecture
 print(architecture(torch.cuda.get_device_capability()))')
 step precompile 70 "$python" -m gti_kernels.cuda_kernels precompile --arch "$arch"
 step doctor 30 "$python" -m gti_kernels.cli doctor
-step tests 140 "$python" -m pytest tests -m gpu -q -p no:cacheprovider
+step tests 140 bash -c run_tests
 step sanitizer 100 bash -c sanitize
 step bench 170 "$python" -m gti_kernels.cli bench --device cuda --suite full --rounds 9 \
   --json "$results/bench.json" --plot "$results/bench.png"

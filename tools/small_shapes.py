@@ -1,10 +1,17 @@
-"""Each op on each GPU backend, on small shapes: what compute-sanitizer watches."""
+"""Each op on each GPU backend, on small shapes: what compute-sanitizer watches.
+
+`python tools/small_shapes.py [PART ...]`: PhaseSpace, or names of ops; all where none is given.
+"""
+
+import sys
 
 import torch
 
 import gti_kernels as gti
 from gti_kernels import testing
-from gti_kernels.rows import BUILT, ROWS
+from gti_kernels.rows import BUILT, BY_NAME, ROWS
+
+PARTS = ("PhaseSpace", *(row.name for row in ROWS))
 
 
 def step_plans(backend: str) -> None:
@@ -19,24 +26,28 @@ def step_plans(backend: str) -> None:
             space.drift_(0.1)
 
 
-for backend in ("cuda", "triton"):
-    if gti.available()[backend] is None:
-        step_plans(backend)
-        torch.cuda.synchronize()
-        print("PhaseSpace", backend)
+def run_samples(op: str, backend: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        for sample in testing.samples(op):
+            args, kwargs = sample.make(dtype, "cuda")
+            if "max_steps" in kwargs:
+                kwargs["max_steps"] = 4
+            getattr(gti, op)(*args, **kwargs, backend=backend)
+            if op == "power_iteration":
+                several = [w for w in args[0] if min(w.shape[0], w[0].numel()) > 2]
+                gti.power_iteration(several, **kwargs, k=3, backend=backend)
 
-for row in ROWS:
-    for backend in ("cuda", "triton"):
-        if (row.stem, backend) not in BUILT or gti.available()[backend] is not None:
-            continue
-        for dtype in (torch.float32, torch.bfloat16):
-            for sample in testing.samples(row.name):
-                args, kwargs = sample.make(dtype, "cuda")
-                if "max_steps" in kwargs:
-                    kwargs["max_steps"] = 4
-                getattr(gti, row.name)(*args, **kwargs, backend=backend)
-                if row.name == "power_iteration":
-                    several = [w for w in args[0] if min(w.shape[0], w[0].numel()) > 2]
-                    gti.power_iteration(several, **kwargs, k=3, backend=backend)
+
+wanted = sys.argv[1:] or PARTS
+if unknown := set(wanted) - set(PARTS):
+    sys.exit(f"expected some of {', '.join(PARTS)}; got {', '.join(sorted(unknown))}")
+for backend in ("cuda", "triton"):
+    if gti.available()[backend] is not None:
+        continue
+    for part in wanted:
+        if part == "PhaseSpace":
+            step_plans(backend)
+        elif (BY_NAME[part].stem, backend) in BUILT:
+            run_samples(part, backend)
         torch.cuda.synchronize()
-        print(row.name, backend)
+        print(part, backend, flush=True)

@@ -105,20 +105,21 @@ def measure(case: Case, rounds: int, device: str) -> Result:
         case.name,
         case.shape,
         case.dtype,
-        _parity(case.op, case.dtype, device),
+        False,
         case.bars,
         None if math.isinf(case.most_us) else case.most_us,
         case.least_share,
     )
-    if not result.parity:
-        return replace(result, failure="parity is red")
     try:
+        if not _parity(case.op, case.dtype, device):
+            return replace(result, failure="parity is red")
+        result = replace(result, parity=True)
         work = case.build(device)
         if device != "cpu":  # compiling its peers for a GPU takes longer than all else
             peers = {k: v for k, v in work.peers.items() if not k.startswith("compiled")}
             work = replace(work, peers=peers)
         times = race(work, rounds, case.calls, device)
-    except (RuntimeError, ValueError) as error:
+    except Exception as error:  # cuda.core has a class of its own
         return replace(result, failure=f"{type(error).__name__}: {error}")
     own = statistics.median(times["gti"])
     speed = bandwidth(device, rounds=5)[work.floor] if work.bytes_moved else math.inf
