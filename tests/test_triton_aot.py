@@ -19,8 +19,8 @@ import pytest
 
 triton = pytest.importorskip("triton")
 
-OPS = ["ragged", "leapfrog", "phase_space", "kinetic_energy", "power_iteration"]
-OPS += ["inner_products", "two_form", "gram"]
+OPS = ["ragged", "leapfrog", "phase_space", "kinetic_energy", "power_iteration_pass"]
+OPS += ["power_iteration_step", "inner_products", "two_form", "gram"]
 ARCHITECTURES = [80, 90, 100]
 
 

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from ..conventions import compute_dtype
-from ..tables import device_table, on_device, prefix
+from ..power_iteration_lists import Scalars, Weights, for_each_dtype
+from ..reference.phase_space import signed
+from ..tables import device_table
 from .compiler import Specialisation
 from .ragged import ELEMENT
 from .runtime import kernel, launch
@@ -109,67 +111,29 @@ def power_iteration(
     seed: int,
     mode: int | None = None,
 ) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor, Tensor, Tensor, Tensor]:
-    """σ [M, k], u, v (lists of [B, m, k], [B, n, k]), residual [M, k], steps, converged, upper [M].
-
-    weights: tensors [B, m, n], each with its own B, m, n and dtype, M matrices in all; start:
-    tensors [B, n, k] or None (random). σ, residual and upper are fp64. k ≤ 8: the Gram matrix of 3k
-    vectors is in shared memory. mode: where every W is read from (ON_CHIP, STAGED, WIDE) in place
-    of what the plan finds best: ValueError where a matrix does not fit. Works inside a CUDA-graph
-    capture after one call with the same tensors.
+    """As `for_each_dtype`. k ≤ 8: the Gram matrix of 3k vectors is in shared memory. mode: where
+    every W is read from (ON_CHIP, STAGED, WIDE) in place of what the plan finds best: ValueError
+    where a matrix does not fit. Works inside a CUDA-graph capture after one call with the same
+    tensors.
     """
     if k > MOST_TRIPLES:
         raise ValueError(f"k = {k}: the CUDA kernel finds at most {MOST_TRIPLES} triples a matrix")
-    device = weights[0].device
-    numbers = prefix([w.shape[0] for w in weights])  # of the first matrix of each tensor
-    sigma, residual = torch.empty(2, numbers[-1], k, dtype=torch.float64, device=device)
-    upper = torch.empty(numbers[-1], dtype=torch.float64, device=device)
-    steps = torch.empty(numbers[-1], dtype=torch.int64, device=device)
-    converged = torch.empty(numbers[-1], dtype=torch.bool, device=device)
-    u: list[Tensor] = [weights[0]] * len(weights)
-    v = list(u)
-    groups: dict[torch.dtype, list[int]] = {}
-    for t, w in enumerate(weights):
-        groups.setdefault(w.dtype, []).append(t)
-    with on_device(device):
-        for members in groups.values():
-            us, vs = _one_dtype(
-                [weights[t] for t in members],
-                [numbers[t] for t in members],
-                [start[t] for t in members] if start is not None else None,
-                (k, int(method == "power"), max_steps, tol, seed % (1 << 64)),
-                (sigma, residual, upper, steps, converged),
-                mode,
-            )
-            for t, u_t, v_t in zip(members, us, vs, strict=True):
-                u[t], v[t] = u_t, v_t
-    return sigma, u, v, residual, steps, converged, upper
+    settings = (k, method == "power", max_steps, tol, signed(seed))
+    return for_each_dtype(weights, k, start, lambda group, out: _launch(group, out, settings, mode))
 
 
-def _one_dtype(
-    weights: list[Tensor],  # [B, m, n]
-    numbers: list[int],  # of the first matrix of each in the whole call
-    start: list[Tensor] | None,
-    settings: tuple[int, int, int, float, int],  # k, power, max_steps, tol, seed
-    out: tuple[Tensor, ...],  # σ, residual, upper, steps, converged of the whole call, written
+def _launch(
+    group: Weights,
+    out: Scalars,
+    settings: tuple[int, bool, int, float, int],  # k, power, max_steps, tol, seed
     mode: int | None,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """All launches for weights of one dtype; returns u and v."""
-    weights = [w.contiguous() for w in weights]
-    dtype, device = weights[0].dtype, weights[0].device
-    c = compute_dtype(dtype)
+) -> None:
+    """All launches for weights of one dtype."""
+    dtype, device = group.tensors[0].dtype, group.u.device
     k, power, max_steps, tol, seed = settings
-    seed -= (seed >> 63) << 64  # its bits as an int64
-    lengths_m = [w.shape[0] * w.shape[1] * k for w in weights]
-    lengths_n = [w.shape[0] * w.shape[2] * k for w in weights]
-    u = torch.empty(sum(lengths_m), dtype=c, device=device)
-    v = torch.empty(sum(lengths_n), dtype=c, device=device)
-    v0 = None
-    if start is not None:
-        v0 = torch.cat([x.reshape(-1).to(c) for x in start])
-
-    shapes = tuple(tuple(w.shape) for w in weights)
+    shapes = tuple(tuple(w.shape) for w in group.tensors)
     launches = plan(shapes, dtype, limits(device), k, (2 if power else 3) * k, mode)
-    key = tuple((w.data_ptr(), number) for w, number in zip(weights, numbers, strict=True))
+    key = tuple((w.data_ptr(), i) for w, i in zip(group.tensors, group.numbers, strict=True))
     table = device_table(_table(key, shapes, dtype, launches), device) if launches else None
     done = 0
     for one in launches:
@@ -187,18 +151,15 @@ def _one_dtype(
             THREADS,
             [
                 table[COLUMNS * done : COLUMNS * (done + count)],  # type: ignore[index]
-                *(count, one.size, k, power, max_steps, tol, seed, v0),
+                *(count, one.size, k, int(power), max_steps, tol, seed, group.start),
                 *(memory, one.team_bytes, one.x_bytes, one.region_bytes, counters),
-                *(u, v, *out),
+                *(group.u, group.v, *out),
             ],
             shared_bytes=one.shared_bytes,
             cluster=one.size if one.team == CLUSTER else None,
             cooperative=one.team == GRID,
         )
         done += count
-    us = [x.view(w.shape[0], w.shape[1], k) for x, w in zip(u.split(lengths_m), weights)]
-    vs = [x.view(w.shape[0], w.shape[2], k) for x, w in zip(v.split(lengths_n), weights)]
-    return us, vs
 
 
 def _table(

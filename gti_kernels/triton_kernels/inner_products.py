@@ -301,9 +301,7 @@ def inner_products(
     exact = any(t.dtype == torch.float64 for t in (*x, *(weight or ())))
     tile = Tile.of(max(m, l), exact, metric)
     if tile.DOT and not DOT_OF_HALVES:
-        x, y, weight = (
-            ts and [t.float() if t.element_size() == 2 else t for t in ts] for ts in (x, y, weight)
-        )
+        x, y, weight = _wide(x), y and _wide(y), weight and _wide(weight)
     ys = x if y is None else y
     ws: Sequence[Tensor | None] = [None] * len(x) if weight is None else weight
     down, across = triton.cdiv(m, tile.T), triton.cdiv(l, tile.T)
@@ -375,6 +373,10 @@ def inner_products(
     factor = 4 * ((depth + 2) * UNIT) ** 2 if exact else (depth + 2) * UNIT
     underflow = 4 * length * 2.0**-1074 if exact else 0.0
     return Products(sums_of_all, norms_of_all, exact, factor, underflow)
+
+
+def _wide(tensors: list[Tensor]) -> list[Tensor]:
+    return [t.float() if t.element_size() == 2 else t for t in tensors]
 
 
 def samples() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
