@@ -127,6 +127,17 @@ def test_errors_name_source_kernel_and_architecture(axpy):
     assert not axpy.exists() or not list(axpy.iterdir())
 
 
+def test_a_cuda_core_that_is_too_old_is_named(monkeypatch):
+    """Before 0.5 the package is there, but what a kernel needs is in cuda.core.experimental."""
+    monkeypatch.setitem(sys.modules, "cuda.core", types.ModuleType("cuda.core"))
+    compiler.cuda_core.cache_clear()
+    try:
+        with pytest.raises(ImportError, match=r"needs cuda-core >= 0\.5\.1"):
+            compiler.cuda_core()
+    finally:
+        compiler.cuda_core.cache_clear()
+
+
 def test_architecture_of_a_device():
     names = [compiler.architecture(c) for c in ((8, 0), (8, 9), (9, 0), (10, 0), (12, 0))]
     assert names == ["80", "89", "90a", "100", "120"]
