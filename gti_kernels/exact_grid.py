@@ -64,24 +64,12 @@ class Grid:
             for q, w in zip(space.params, space.inv_mass)
         ]
         self.versions = self._versions()
-        self.plan = None
-        if space.is_compiled():
-            bits = [x.view(torch.float64) for x in (*self.Q, *self.P)]  # what bindings can see
-            n = len(self.Q)
-            owned = [x.view(torch.float64) for x in self.memory]
-            owned += [x for x in (*self.mass, *self.rest_q) if isinstance(x, Tensor)]
-            self.plan = backends.compiled.GridPlan(  # type: ignore[union-attr]
-                space.params,
-                bits[:n],
-                bits[n:],
-                self.rest_q,
-                self.mass,
-                owned,
-                self.unit_q,
-                self.unit_p,
-            )
-        else:
-            self.kernels = space.kernels()
+        bits = [x.view(torch.float64) for x in (*self.Q, *self.P)]  # what bindings can see
+        n = len(self.Q)
+        owned = [x.view(torch.float64) for x in self.memory]
+        owned += [x for x in (*self.mass, *self.rest_q) if isinstance(x, Tensor)]
+        tensors = (bits[:n], bits[n:], self.rest_q, self.mass, owned)
+        self.plan = space.plan("GridPlan", *tensors, self.unit_q, self.unit_p)
 
     def momenta(self) -> list[Tensor]:
         """p, made anew."""
@@ -110,7 +98,7 @@ class Grid:
                 raise ValueError(f"{op}: damp must be positive with exact=True, got {damp}")
             if grads is None:
                 grads = [q.grad for q in self.space.params]  # held: an error reads them again
-            skipped = _missing(grads)
+            skipped = missing(grads)
             if self._undoes_kick(kick, damp):
                 energy = self.take_back_kick(op, grads)
                 if drift is None:
@@ -167,7 +155,7 @@ class Grid:
     def take_back_kick(self, op: str, grads: Sequence[Tensor | None]) -> Tensor:
         """Undoes the last move, a kick, which had these gradients."""
         self._check_versions(op)
-        last, skipped = self._last(op, KICK, "a kick"), _missing(grads)
+        last, skipped = self._last(op, KICK, "a kick"), missing(grads)
         numbers = (last.step, 0.0, grads, last.skipped)
         where = f"{op}: the way back leaves the way out at step {self.space.step_count}: "
         if skipped != last.skipped:
@@ -217,36 +205,23 @@ class Grid:
         """One pass over memory, with the present s."""
         numbers = (kicks, drifts, back, kick, drift)
         space, result = self.space, None
-        if self.plan is not None:
-            own = {i: power_of_two(self.log + offset) for i, offset in self.own.items()}
-            s, threads = power_of_two(self.log), get_num_threads()
-            result = self.plan.step(grads, skipped, *numbers, s, own, threads)
+        own = {i: power_of_two(self.log + offset) for i, offset in self.own.items()}
+        scale = (power_of_two(self.log), own, get_num_threads())
+        # Without the compiled part a plan cannot check by itself.
+        if self.plan is not None and backends.compiled is not None:
+            result = self.plan.step(grads, skipped, *numbers, *scale)
         if result is None:
             with torch.no_grad():
-                if kicks:
-                    grads = space.checked_gradients(op, grads)
+                grads = space.checked(op, grads, kicks)
+                if self.plan is not None:
+                    result = self.plan.step(grads, skipped, *numbers, *scale)
                 else:
-                    space.check_layouts(op)
-                    grads = [None] * len(space.params)
-                if self.plan is None:
-                    result = self.kernels.grid_step(
-                        space.params,
-                        self.rest_q,
-                        self.Q,
-                        self.P,
-                        grads,
-                        self.mass,
-                        self.unit_q,
-                        self.unit_p,
-                        self._scales(),
-                        *numbers,
-                        skipped,
+                    tensors = (space.params, self.rest_q, self.Q, self.P, grads, self.mass)
+                    units = (self.unit_q, self.unit_p, self._scales())
+                    checksum, inside, energy = reference.grid_step(
+                        *tensors, *units, *numbers, skipped
                     )
-                    if result is not None:
-                        checksum, inside, energy = result
-                        result = int(checksum) & reference.MASK, bool(inside), energy
-                else:
-                    result = self.plan.step(grads, skipped, *numbers, s, own, threads)
+                    result = int(checksum) & reference.MASK, bool(inside), energy
         if result is None:
             raise RuntimeError(
                 f"{op}: the plan is stale: the memory of its grid has moved. Make a new PhaseSpace"
@@ -338,7 +313,8 @@ class Grid:
         self._make_plan()
 
 
-def _missing(grads: Sequence[Tensor | None]) -> tuple[int, ...]:
+def missing(grads: Sequence[Tensor | None]) -> tuple[int, ...]:
+    """Places of the gradients that are None."""
     return tuple([i for i, g in enumerate(grads) if g is None])
 
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterable, Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -11,9 +11,9 @@ from torch import Tensor, get_num_threads
 from torch.autograd.graph import increment_version
 from torch.utils.weak import WeakIdKeyDictionary
 
-from . import backends
+from . import backends, device_plans
 from .conventions import fan_in_inverse_mass
-from .exact_grid import Grid
+from .exact_grid import Grid, missing
 from .layouts import allocate, is_dense, laid_out_like, layout, words
 from .ops.arguments import (
     check_alike,
@@ -25,7 +25,7 @@ from .ops.arguments import (
     tensor_list,
 )
 from .ops.kinetic_energy import kinetic_energy
-from .ops.leapfrog import compose, drift_, kick_, kick_drift_, stage_sizes
+from .ops.leapfrog import compose, stage_sizes
 from .reference import phase_space as reference
 
 Scalar = float | Tensor
@@ -316,21 +316,25 @@ class PhaseSpace:
 
     # ---- what runs it ----------------------------------------------------------------------------
 
-    def is_compiled(self) -> bool:
-        """Whether the compiled CPU kernels take this plan."""
-        return _compiled(self)
-
-    def kernels(self) -> Any:
-        """Where they do not: what has the functions phase_step and grid_step, a module or, with
-        tables of its own, a new object."""
-        return _kernels(self)
+    def plan(self, name: str, *tensors: Any) -> Any:
+        """A PhasePlan or GridPlan of the backend, of the CPU or of a GPU; None where plain torch
+        steps: for parameters with gaps, and where there are no kernels."""
+        chosen = backends.choose("kick_drift_", self.device, self.backend, {})
+        if chosen == "reference" or not all(is_dense(q) for q in self.params):
+            return None
+        if chosen == "cpu":
+            return getattr(backends.compiled, name)(self.params, *tensors)
+        kernels = importlib.import_module(f".{chosen}_kernels.phase_space", __package__)
+        return getattr(device_plans, name)(kernels, self.params, *tensors)
 
     # ---- checks ----------------------------------------------------------------------------------
 
-    def checked_gradients(self, op: str, grads: Grads | None) -> list[Tensor | None]:
-        """The gradients, each laid out like its parameter. Raises where the plan is stale or a
-        gradient is not what it must be."""
-        self.check_layouts(op)
+    def checked(self, op: str, grads: Grads | None, kicks: bool) -> list[Tensor | None]:
+        """The gradients of a kick, each laid out like its parameter; None for each where the step
+        has none. Raises where the plan is stale or a gradient is not what it must be."""
+        self._check_layouts(op)
+        if not kicks:
+            return [None] * len(self.params)
         every = [q.grad for q in self.params] if grads is None else list(grads)
         if len(every) != len(self.params):
             raise ValueError(
@@ -357,7 +361,7 @@ class PhaseSpace:
             None if g is None else laid_out_like(q, g.detach()) for q, g in zip(self.params, every)
         ]
 
-    def check_layouts(self, op: str) -> None:
+    def _check_layouts(self, op: str) -> None:
         """Raises where a parameter is not what it was when the plan was made."""
         for i, (q, then) in enumerate(zip(self.params, self._layouts, strict=True)):
             now = layout(q)
@@ -373,7 +377,8 @@ class PhaseSpace:
         if q and not skipped:
             increment_version(self.params)
         elif q:
-            increment_version([x for i, x in enumerate(self.params) if i not in skipped])
+            stays = set(skipped)
+            increment_version([x for i, x in enumerate(self.params) if i not in stays])
         if p:
             increment_version(self._momentum_memory)
 
@@ -460,14 +465,8 @@ class _Floats:
             for q, p, w in zip(space.params, momenta, space.inv_mass)
         ]
         self.rounds = any(q.element_size() == 2 for q in space.params)  # stochastically
-        self.plan = None
-        if _compiled(space):
-            owned = [*space._momentum_memory, *(w for w in self.mass if isinstance(w, Tensor))]
-            self.plan = backends.compiled.PhasePlan(  # type: ignore[union-attr]
-                space.params, momenta, self.mass, owned
-            )
-        else:
-            self.kernels = _kernels(space)
+        owned = [*space._momentum_memory, *(w for w in self.mass if isinstance(w, Tensor))]
+        self.plan = space.plan("PhasePlan", momenta, self.mass, owned)
 
     def momenta(self) -> list[Tensor]:
         return self.p
@@ -482,62 +481,29 @@ class _Floats:
         if self.rounds:
             key = space.seed * 0x9E3779B97F4A7C15 + space.step_count * reference.STEP_KEY
             key &= reference.MASK
-        if self.plan is not None:
-            numbers = (kicks, drifts, kick, damp, drift, key, get_num_threads())
-            energy = self.plan.step(grads, skipped, *numbers)
+        numbers = (kicks, drifts, kick, damp, drift, key)
+        # Without the compiled part a plan cannot check by itself.
+        if self.plan is not None and backends.compiled is not None:
+            energy = self.plan.step(grads, skipped, *numbers, get_num_threads())
         if energy is None:
             with torch.no_grad():
-                if kicks:
-                    grads = space.checked_gradients(op, grads)
+                grads = space.checked(op, grads, kicks)
+                if self.plan is not None:
+                    energy = self.plan.step(grads, skipped, *numbers, get_num_threads())
                 else:
-                    space.check_layouts(op)
-                    grads = [None] * len(space.params)
-                if self.plan is None:
-                    if kicks:
-                        skipped = tuple([i for i, g in enumerate(grads) if g is None])
-                    energy = self._elsewhere(kick, damp, drift, grads, kicks, drifts, key, skipped)
-                else:
-                    energy = self.plan.step(grads, skipped, *numbers)
+                    tensors = (space.params, self.p, grads, self.mass)
+                    energy = reference.phase_step(*tensors, *numbers, skipped)
         if energy is None:
             raise RuntimeError(
                 f"{op}: the plan is stale: the memory of its momenta or masses has moved. Make a "
                 f"new PhaseSpace"
             )
         if kicks:
-            skipped = skipped if self.plan is None else self.plan.skipped()
+            skipped = missing(grads) if self.plan is None else self.plan.skipped()
             space.skipped = skipped
         space.wrote(q=drifts, p=kicks, skipped=skipped)
         space.step_count += drifts
         return energy
-
-    def _elsewhere(
-        self,
-        kick: Any,
-        damp: Any,
-        drift: Any,
-        grads: list[Tensor | None],
-        kicks: bool,
-        drifts: bool,
-        key: int,
-        skipped: tuple[int, ...],
-    ) -> Tensor:
-        """Without a compiled plan: the ops where they take these tensors, else plain torch."""
-        q, p, backend = self.space.params, self.p, self.space.backend
-        same = isinstance(self.kernels, ModuleType) and all(
-            x.dtype == y.dtype for x, y in zip(q, p)
-        )
-        floats = not any(isinstance(x, Tensor) for x in (kick, damp, drift))
-        if same and floats and not skipped:
-            options: dict[str, Any] = {"inv_mass": self.mass, "backend": backend}
-            if kicks and drifts:
-                return kick_drift_(q, p, grads, kick, drift, damp=damp, **options)  # type: ignore[arg-type]
-            if kicks:
-                kick_(p, grads, kick, damp=damp, backend=backend)  # type: ignore[arg-type]
-            else:
-                drift_(q, p, drift, **options)
-            return torch.zeros((), dtype=torch.float64, device=self.space.device)
-        numbers = (kicks, drifts, kick, damp, drift, key)
-        return self.kernels.phase_step(q, p, grads, self.mass, *numbers, skipped)
 
     def scale_(self, factor: Any) -> None:
         if self.p:
@@ -549,28 +515,3 @@ class _Floats:
     def load(self, state: dict[str, Any]) -> None:
         for p, saved in zip(self.p, state["momenta"]):
             p.copy_(saved)
-
-
-def _compiled(space: PhaseSpace) -> bool:
-    """Whether the compiled CPU kernels take this plan."""
-    return (
-        backends.compiled is not None
-        and space.device.type == "cpu"
-        and space.backend in ("auto", "cpu")
-        and all(is_dense(q) for q in space.params)
-    )
-
-
-def _kernels(space: PhaseSpace) -> Any:
-    """What `PhaseSpace.kernels` returns."""
-    chosen = backends.choose("kick_drift_", space.device, space.backend, {})
-    dense = all(is_dense(q) for q in space.params)
-    if dense and chosen == "cuda":
-        from .cuda_kernels.phase_space import Plan
-
-        return Plan()
-    if dense and chosen == "triton":
-        from .triton_kernels import phase_space as triton
-
-        return triton
-    return reference

@@ -70,11 +70,14 @@ def capturing(device: torch.device) -> bool:
 
 
 class Upload:
-    """Rows of numbers, concatenated, as int64 in the memory of a device; nobody waits for it."""
+    """Rows of numbers (lists, or an int64 tensor on the host), concatenated, as int64 in the memory
+    of a device; nobody waits for it."""
 
-    def __init__(self, rows: Sequence[Sequence[int]], device: torch.device) -> None:
+    def __init__(self, rows: Sequence[Sequence[int]] | Tensor, device: torch.device) -> None:
         self.device = device
-        self._numbers = torch.tensor([x for row in rows for x in row], dtype=torch.int64)
+        if not isinstance(rows, Tensor):
+            rows = torch.tensor([x for row in rows for x in row], dtype=torch.int64)
+        self._numbers = rows.reshape(-1)
         self._kept = False
         if device.type != "cuda":
             return

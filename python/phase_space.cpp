@@ -14,19 +14,24 @@ namespace gti {
 namespace {
 
 // The memory of a parameter list and of its plan, looked at once and then kept: a step reads the
-// addresses of the parameters and of their gradients and compares the rest with what it was.
+// addresses of the parameters and of their gradients and compares the rest with what it was. Which
+// kernel runs the step, and on which device, is not known here.
 class Plan {
  public:
   // params: the positions. owned: tensors of the plan, by address; a step refuses to run when one
   // of them has moved.
-  Plan(py::list params, py::list owned)
-      : params_(std::move(params)), owned_(std::move(owned)), known_(py::len(params_)) {
+  Plan(py::list params, py::list owned, Device device)
+      : params_(std::move(params)),
+        owned_(std::move(owned)),
+        device_(device),
+        known_(py::len(params_)) {
     held_.reserve(size());
-    if (!views_of(owned_, owned_views_)) throw py::value_error("owned: not plain CPU tensors");
+    if (!views_of(owned_, owned_views_, false, device_))
+      throw py::value_error("owned: not plain tensors of the device");
     for (size_t i = 0; i < size(); ++i) {
       View view;
-      if (!view_of(params_[i], view) || !is_dense(view))
-        throw py::value_error("params: not plain, dense CPU tensors");
+      if (!view_of(params_[i], view, false, device_) || !is_dense(view))
+        throw py::value_error("params: not plain, dense tensors of the device");
       known_[i] = {view.data, view.count, view.bytes, shapes_.size(), view.ndim, view.dtype};
       shapes_.insert(shapes_.end(), view.shape, view.shape + view.ndim);
       shapes_.insert(shapes_.end(), view.strides, view.strides + view.ndim);
@@ -74,15 +79,15 @@ class Plan {
     any_skipped_ = false;
     View view;
     for (size_t i = 0; i < owned_views_.size(); ++i)
-      if (!plain_view_of(PyList_GET_ITEM(owned_.ptr(), i), view) ||
+      if (!plain_view_of(PyList_GET_ITEM(owned_.ptr(), i), view, device_) ||
           view.data != owned_views_[i].data || view.bytes != owned_views_[i].bytes)
         return false;
     for (Py_ssize_t i = 0; i < n; ++i) {
       Known& known = known_[i];
       PyObject* param = PyList_GET_ITEM(params_.ptr(), i);
-      if (!plain_view_of(param, view) || !is_like(view, known)) return false;
+      if (!plain_view_of(param, view, device_) || !is_like(view, known)) return false;
       if (view.data != known.q) {
-        if (!view_of(param, view)) return false;
+        if (!view_of(param, view, false, device_)) return false;
         known.q = view.data;
         moved_ = true;  // until the ranges are those of all parameters
       }
@@ -96,9 +101,9 @@ class Plan {
       }
       // A lazily negated view is the imaginary part of a conjugate: its stride of 2 is no layout of
       // a parameter, unless there is but one element.
-      if (!(given || known.count == 1 ? view_of(grad, view) : plain_view_of(grad, view)) ||
-          !is_like(view, known))
-        return false;
+      const bool plain = given || known.count == 1 ? view_of(grad, view, false, device_)
+                                                   : plain_view_of(grad, view, device_);
+      if (!plain || !is_like(view, known)) return false;
       known.grad = view.data;
     }
     if (moved_) fill_written();
@@ -149,6 +154,7 @@ class Plan {
   }
 
   py::list params_, owned_;
+  Device device_;
   std::vector<Known> known_;
   std::vector<Held> held_;
   std::vector<View> owned_views_;  // data, bytes and count only
@@ -182,7 +188,7 @@ const void* mass_address(py::handle mass) {
 class PhasePlan {
  public:
   PhasePlan(py::list params, py::list momenta, py::list inv_mass, py::list owned)
-      : plan_(std::move(params), std::move(owned)), items_(plan_.size()) {
+      : plan_(std::move(params), std::move(owned), kCpu), items_(plan_.size()) {
     for (size_t i = 0; i < items_.size(); ++i) {
       View p;
       if (!view_of(momenta[i], p)) throw py::value_error("momenta: not plain CPU tensors");
@@ -226,7 +232,7 @@ class GridPlan {
   // Q, P: the integers, each as the fp64 tensor of the same bits. remainders: tensors or None.
   GridPlan(py::list params, py::list Q, py::list P, py::list remainders, py::list inv_mass,
            py::list owned, const std::vector<double>& unit_q, const std::vector<double>& unit_p)
-      : plan_(std::move(params), std::move(owned)), items_(plan_.size()) {
+      : plan_(std::move(params), std::move(owned), kCpu), items_(plan_.size()) {
     for (size_t i = 0; i < items_.size(); ++i)
       items_[i] = {plan_[i].dtype,
                    plan_[i].count,
@@ -267,6 +273,48 @@ class GridPlan {
   std::vector<GridItem> items_;
 };
 
+// What a plan knows, for kernels of any device: the addresses of a step as rows of a table, which
+// is uploaded where `version` is another than it was.
+class Addresses {
+ public:
+  Addresses(py::list params, py::list owned)
+      : plan_(params, std::move(owned), py::len(params) ? device_of(params[0]) : kCpu),
+        rows_(2 * plan_.size()) {}
+
+  // As Plan::refresh; then the row of q is that of a step that drifts, the row of gradients that of
+  // one that kicks.
+  bool refresh(py::handle grads, const py::tuple& skipped, bool kicks, bool drifts) {
+    if (!plan_.refresh(grads, skipped, kicks)) return false;
+    const auto take = [&](size_t at, const char* address) {
+      const auto number = static_cast<int64_t>(reinterpret_cast<intptr_t>(address));
+      version_ += rows_[at] != number;
+      rows_[at] = number;
+    };
+    const size_t n = plan_.size();
+    for (size_t i = 0; i < n; ++i) {
+      if (drifts) take(i, plan_[i].skipped ? nullptr : plan_[i].q);
+      if (kicks) take(n + i, plan_[i].skipped ? nullptr : plan_[i].grad);
+    }
+    return true;
+  }
+
+  // [2, L] int64: the addresses of the parameters and of their gradients, 0 where one is skipped.
+  py::object rows() const {
+    int64_t* data;
+    py::object out = new_tensor({2, static_cast<int64_t>(plan_.size())}, &data);
+    std::copy(rows_.begin(), rows_.end(), data);
+    return out;
+  }
+
+  int64_t version() const { return version_; }
+  py::tuple skipped() const { return plan_.skipped(); }
+
+ private:
+  Plan plan_;
+  std::vector<int64_t> rows_;
+  int64_t version_ = 0;  // raised by every address that changes
+};
+
 }  // namespace
 
 void bind_phase_space(py::module_& module) {
@@ -278,6 +326,12 @@ void bind_phase_space(py::module_& module) {
       .def(py::init<py::list, py::list, py::list, py::list, py::list, py::list,
                     const std::vector<double>&, const std::vector<double>&>())
       .def("step", &GridPlan::step);
+  py::class_<Addresses>(module, "Addresses")
+      .def(py::init<py::list, py::list>())
+      .def("refresh", &Addresses::refresh)
+      .def("rows", &Addresses::rows)
+      .def("version", &Addresses::version)
+      .def("skipped", &Addresses::skipped);
 }
 
 }  // namespace gti

@@ -28,7 +28,6 @@ struct ExchangeTable {
 };
 
 constexpr uint32_t kMajor = 1;
-constexpr int32_t kCpu = 1;
 constexpr uint8_t kInt = 0, kFloat = 2, kBfloat = 4, kBool = 6;
 
 std::vector<PyTypeObject*> tensor_types;  // held for the life of the process
@@ -120,20 +119,29 @@ Held::~Held() {
   if (managed && managed->deleter) managed->deleter(managed);
 }
 
-bool view_of(py::handle object, View& view, bool recording) {
-  if (!plain_view_of(object, view)) return false;
+bool view_of(py::handle object, View& view, bool recording, Device device) {
+  if (!plain_view_of(object, view, device)) return false;
   if (recording && is_true(requires_grad->get(object.ptr(), requires_grad->closure))) return false;
   return !is_negated(object, view);
 }
 
-bool plain_view_of(py::handle object, View& view) {
+static bool tensor_of(py::handle object, DLTensor& t) {
   if (!has_plain_type(object)) return false;
+  if (table->tensor_from_object(object.ptr(), &t) == 0) return true;
+  PyErr_Clear();
+  return false;
+}
+
+Device device_of(py::handle tensor) {
   DLTensor t;
-  if (table->tensor_from_object(object.ptr(), &t) != 0) {
-    PyErr_Clear();
+  if (!tensor_of(tensor, t)) throw py::type_error("not a plain tensor");
+  return {t.device_type, t.device_id};
+}
+
+bool plain_view_of(py::handle object, View& view, Device device) {
+  DLTensor t;
+  if (!tensor_of(object, t) || Device{t.device_type, t.device_id} != device || t.type_lanes != 1)
     return false;
-  }
-  if (t.device_type != kCpu || t.type_lanes != 1) return false;
   if (t.type_code == kFloat && t.type_bits == 64)
     view.dtype = DType::f64;
   else if (t.type_code == kFloat && t.type_bits == 32)
@@ -154,14 +162,14 @@ bool plain_view_of(py::handle object, View& view) {
   return t.data != nullptr || view.count == 0;
 }
 
-bool views_of(py::handle objects, std::vector<View>& views, bool recording) {
+bool views_of(py::handle objects, std::vector<View>& views, bool recording, Device device) {
   if (!PyList_Check(objects.ptr())) {
     views.resize(1);
-    return view_of(objects, views[0], recording);
+    return view_of(objects, views[0], recording, device);
   }
   views.resize(PyList_GET_SIZE(objects.ptr()));
   for (size_t i = 0; i < views.size(); ++i)
-    if (!view_of(PyList_GET_ITEM(objects.ptr(), i), views[i], recording)) return false;
+    if (!view_of(PyList_GET_ITEM(objects.ptr(), i), views[i], recording, device)) return false;
   return true;
 }
 
@@ -190,8 +198,8 @@ py::object new_tensor(const std::vector<int64_t>& shape, T** data) {
                                             nullptr,
                                             [](ManagedTensor* m) { ::operator delete(m); },
                                             0,
-                                            {*data, kCpu, 0, static_cast<int32_t>(ndim), kCode,
-                                             sizeof(T) * 8, 1, sizes, sizes + ndim, 0}};
+                                            {*data, kCpu.type, kCpu.id, static_cast<int32_t>(ndim),
+                                             kCode, sizeof(T) * 8, 1, sizes, sizes + ndim, 0}};
   void* object = nullptr;
   if (table->object_from_managed(managed, &object) != 0) {
     ::operator delete(block);

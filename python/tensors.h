@@ -27,6 +27,13 @@ struct DLTensor {
   uint64_t byte_offset;
 };
 
+// As DLPack numbers them.
+struct Device {
+  int32_t type, id;
+  bool operator==(const Device&) const = default;
+};
+constexpr Device kCpu = {1, 0};
+
 struct View {
   char* data;
   int64_t count;  // elements
@@ -41,13 +48,16 @@ struct View {
 // read here.
 void set_tensor_types(const py::tuple& types);
 
-// Fills `view`; false where the object is no plain CPU tensor of fp64, fp32, bf16 or fp16, is a
-// lazily negated view, or (with `recording`) requires grad.
-bool view_of(py::handle object, View& view, bool recording = false);
+// Fills `view`; false where the object is no plain tensor of fp64, fp32, bf16 or fp16 on the
+// device, is a lazily negated view, or (with `recording`) requires grad.
+bool view_of(py::handle object, View& view, bool recording = false, Device device = kCpu);
 
 // `view_of` without the question whether the tensor is a lazily negated view, which costs more than
 // all else here.
-bool plain_view_of(py::handle object, View& view);
+bool plain_view_of(py::handle object, View& view, Device device = kCpu);
+
+// Where a plain tensor is; throws for any other object.
+Device device_of(py::handle tensor);
 
 // Holds a tensor as C++ code does, beside the references of Python. torch counts a reference to an
 // object of Python whenever the number of the others goes from one to two and back, as each reading
@@ -67,7 +77,8 @@ class Held {
 py::object grad_of(py::handle tensor);
 
 // One view for each object of a list, or one for a single tensor; false as above.
-bool views_of(py::handle objects, std::vector<View>& views, bool recording = false);
+bool views_of(py::handle objects, std::vector<View>& views, bool recording = false,
+              Device device = kCpu);
 
 // A new contiguous tensor with memory of its own, of T = double, float, int64_t or bool; `data` is
 // where its elements are to be written.

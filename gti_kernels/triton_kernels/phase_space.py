@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -10,20 +9,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..device_plans import Factor, Launch
 from ..reference.phase_space import signed
-from ..tables import device_table, elementwise_groups, on_device, prefix
 from .ragged import (
     TRITON_DTYPE,
     find_item,
-    fixed_sum,
     in_memory,
     load_block,
     pointer,
     store_block,
     widen,
 )
-
-Grads = Sequence[Tensor | None]
+from .ragged import fixed_sum as fixed_sum
 
 BLOCK = 1024
 # No product is contracted with the sum that follows it: the bits are those of the other backends.
@@ -98,12 +95,25 @@ def xor_shift(x, bits: tl.constexpr):
     return x ^ ((x >> bits) & ((1 << (64 - bits)) - 1))
 
 
+@triton.jit
+def part(addresses, item, count, TAKES_PART: tl.constexpr):
+    """The address of an operand, and how many of its elements take part: none where it is null."""
+    if TAKES_PART:
+        address = tl.load(addresses + item)
+        return address, tl.where(address == 0, 0, count)
+    return item * 0, count
+
+
 @triton.jit(do_not_specialize=["items", "key", "mul1", "mul2"])
 def phase_kernel(
-    table,  # int64 rows: p, q, ∇L, M⁻¹ (or its bits), place in the list, counts, first blocks
+    table,  # int64 rows: p, M⁻¹ (0: a number), bits of that number, place in the list, counts,
+    # first blocks
     items: tl.int64,
+    qs,  # int64 [items] addresses of q and ∇L, 0: it is skipped; read where DRIFTS, KICKS
+    gs,
     partials,  # fp64 [blocks], written where it drifts
     numbers,  # fp64 [3] on the device: kick, damp, drift; read where FROM_MEMORY
+    counted,  # int64 on the device: is added to the key
     kick: tl.float64,
     damp: tl.float64,
     drift: tl.float64,
@@ -111,21 +121,20 @@ def phase_kernel(
     mul1: tl.int64,  # of splitmix64
     mul2: tl.int64,
     BLOCK: tl.constexpr,
-    P: tl.constexpr,  # dtypes in memory
-    Q: tl.constexpr,
-    G: tl.constexpr,  # None: no kick
-    W: tl.constexpr,  # None: one M⁻¹ per tensor
+    P: tl.constexpr,  # dtypes in memory, of p and M⁻¹
+    Q: tl.constexpr,  # of q and ∇L
+    MASS: tl.constexpr,  # M⁻¹ is a tensor
+    KICKS: tl.constexpr,
     DRIFTS: tl.constexpr,
+    ALIGNED: tl.constexpr,
     FROM_MEMORY: tl.constexpr,
     COMPUTE: tl.constexpr,
 ):
-    """p ← damp·p − kick·∇L, then q ← q + drift·M⁻¹p; partials[b] = ½ Σ M⁻¹p², unless it is a kick
-    alone. With neither kick nor drift: partials alone."""
+    """p ← damp·p − kick·∇L, then q ← q + drift·M⁻¹p; partials[b] = ½ Σ M⁻¹p²."""
     block = tl.program_id(0).to(tl.int64)
-    item = find_item(table + 6 * items, items, block)
-    start = (block - tl.load(table + 6 * items + item)) * BLOCK
-    count = tl.minimum(tl.load(table + 5 * items + item) - start, BLOCK).to(tl.int32)
-    lanes = tl.arange(0, BLOCK)
+    item = find_item(table + 5 * items, items, block)
+    start = (block - tl.load(table + 5 * items + item)) * BLOCK
+    count = tl.minimum(tl.load(table + 4 * items + item) - start, BLOCK).to(tl.int32)
     if FROM_MEMORY:
         kick = tl.load(numbers)
         damp = tl.load(numbers + 1)
@@ -134,97 +143,135 @@ def phase_kernel(
         kick = tl.full((), kick, tl.float64)
         damp = tl.full((), damp, tl.float64)
         drift = tl.full((), drift, tl.float64)
-    p = pointer(tl.load(table + item), P, False) + start
-    momentum = load_block(p, lanes, count, False, COMPUTE)
-    if G is not None:
-        g = pointer(tl.load(table + 2 * items + item), G, False) + start
-        gradient = load_block(g, lanes, count, False, COMPUTE)
-        momentum = damp.to(COMPUTE) * momentum - kick.to(COMPUTE) * gradient
-        stored = momentum.to(P)
-        store_block(p, lanes, count, stored, False)
-        momentum = widen(stored, COMPUTE)
-    if DRIFTS or G is None:
-        if W is None:
-            w = fp64_row(table, 3, items, item)
-            velocity = momentum
-            rate = (drift * w).to(COMPUTE)
+    mine = key + tl.load(counted) + tl.load(table + 3 * items + item)
+    mine = xor_shift(mine, 30) * mul1
+    mine = xor_shift(xor_shift(mine, 27) * mul2, 31)
+    p = pointer(tl.load(table + item), P, ALIGNED) + start
+    w = pointer(tl.load(table + items + item), P, ALIGNED) + start
+    mass = fp64_row(table, 2, items, item)
+    g, kicked = part(gs, item, count, KICKS)
+    q, moved = part(qs, item, count, DRIFTS)
+    g = pointer(g, Q, ALIGNED) + start
+    if Q.primitive_bitwidth == 16:
+        q = pointer(q, tl.int16, ALIGNED) + start  # the interpreter truncates to bf16
+    else:
+        q = pointer(q, Q, ALIGNED) + start
+    if (count == BLOCK) & (kicked == BLOCK) & (moved == BLOCK):
+        _advance(p, q, g, w, mass, partials + block, start, count, kicked, moved, kick, damp, drift,
+                 mine, BLOCK, P, Q, MASS, KICKS, DRIFTS, COMPUTE, True)  # fmt: skip
+    else:
+        _advance(p, q, g, w, mass, partials + block, start, count, kicked, moved, kick, damp, drift,
+                 mine, BLOCK, P, Q, MASS, KICKS, DRIFTS, COMPUTE, False)  # fmt: skip
+
+
+@triton.jit
+def _advance(
+    p,
+    q,
+    g,
+    w,
+    mass,
+    out,
+    start,
+    count,
+    kicked,
+    moved,
+    kick,
+    damp,
+    drift,
+    key,
+    BLOCK: tl.constexpr,
+    P: tl.constexpr,
+    Q: tl.constexpr,
+    MASS: tl.constexpr,
+    KICKS: tl.constexpr,
+    DRIFTS: tl.constexpr,
+    COMPUTE: tl.constexpr,
+    FULL: tl.constexpr,
+):
+    lanes = tl.arange(0, BLOCK)
+    momentum = load_block(p, lanes, count, FULL, COMPUTE)
+    if KICKS:
+        gradient = load_block(g, lanes, kicked, FULL, COMPUTE)
+        stored = (damp.to(COMPUTE) * momentum - kick.to(COMPUTE) * gradient).to(P)
+        store_block(p, lanes, kicked, stored, FULL)
+        # The drift and the energy belong to the p in memory, rounded.
+        if FULL:
+            momentum = widen(stored, COMPUTE)
         else:
-            weights = pointer(tl.load(table + 3 * items + item), W, False) + start
-            w = load_block(weights, lanes, count, False, COMPUTE)
-            velocity = w * momentum
-            rate = drift.to(COMPUTE)
-        p64 = momentum.to(tl.float64)
-        tl.store(partials + block, 0.5 * tl.sum(w.to(tl.float64) * p64 * p64, axis=0))
+            momentum = tl.where(lanes < kicked, widen(stored, COMPUTE), momentum)
     if DRIFTS:
-        address = tl.load(table + items + item)
-        q = pointer(address, Q, False) + start
-        moved = load_block(q, lanes, count, False, COMPUTE) + rate * velocity
-        if Q.primitive_bitwidth == 16:
-            mine = key + fp64_row(table, 4, items, item).to(tl.int64)
-            mine = xor_shift(mine, 30) * mul1
-            mine = xor_shift(xor_shift(mine, 27) * mul2, 31)
-            random = random_bits(start + lanes, mine)
-            if Q is tl.bfloat16:
-                half = stochastic_bf16(moved.to(tl.float32), random)
-            else:
-                half = stochastic_f16(moved.to(tl.float32), random)
-            store_block(pointer(address, tl.int16, False) + start, lanes, count, half, False)
+        if MASS:
+            weights = load_block(w, lanes, count, FULL, COMPUTE)
+            rate = drift.to(COMPUTE)
+            velocity = weights * momentum
+            mass = weights.to(tl.float64)
         else:
-            store_block(q, lanes, count, moved.to(Q), False)
+            rate = (drift * mass).to(COMPUTE)
+            velocity = momentum
+        p64 = momentum.to(tl.float64)
+        tl.store(out, 0.5 * tl.sum(mass * p64 * p64, axis=0))
+        if FULL:
+            position = tl.load(q + lanes)
+        else:
+            position = tl.load(q + lanes, mask=lanes < moved, other=0)
+        if Q.primitive_bitwidth == 16:
+            position = position.to(Q, bitcast=True)
+        position = widen(position, COMPUTE) + rate * velocity
+        if Q.primitive_bitwidth == 16:
+            random = random_bits(start + lanes, key)
+            if Q is tl.bfloat16:
+                rounded = stochastic_bf16(position.to(tl.float32), random)
+            else:
+                rounded = stochastic_f16(position.to(tl.float32), random)
+        else:
+            rounded = position.to(Q)
+        store_block(q, lanes, moved, rounded, FULL)
 
 
-def phase_step(
-    q: list[Tensor],
-    p: list[Tensor],
-    grad: Grads,
-    inv_mass: Sequence[float | Tensor],
-    kicks: bool,
-    drifts: bool,
-    kick: float | Tensor,
-    damp: float | Tensor,
-    drift: float | Tensor,
-    key: int,
-    skipped: Collection[int] = (),
-) -> Tensor:
-    """As `reference.phase_space.phase_step`, to the bit; kick, damp and drift may be 0-d tensors on
-    the device, which are read there. One launch per combination of dtypes."""
-    device = q[0].device if q else torch.device("cpu")
-    stays = {*skipped, *(i for i, g in enumerate(grad) if kicks and g is None)}
-    grads = [0.0 if g is None or not kicks or i in stays else g for i, g in enumerate(grad)]
-    # A number in place of a position: it takes no part.
-    moved = [0.0 if i in stays else x for i, x in enumerate(q)]
-    places = [float(i) for i in range(len(q))]
-    groups = elementwise_groups([p, moved, grads, inv_mass, places], BLOCK)
-    partials = torch.zeros(sum(g.blocks for g in groups), dtype=torch.float64, device=device)
-    on_host, numbers = in_memory((kick, damp, drift), device)
-    first = 0
-    with on_device(device):
-        for group in groups:
-            P, Q, G, W = (TRITON_DTYPE[d] for d in group.dtypes[:4])
-            out = partials[first : first + group.blocks]
-            first += group.blocks
-            if G is None and not drifts:
-                continue
-            phase_kernel[(group.blocks,)](
-                device_table(group.rows, device),
-                group.items,
-                out,
-                partials if numbers is None else numbers,
-                *on_host,
-                signed(key),
-                signed(0xBF58476D1CE4E5B9),
-                signed(0x94D049BB133111EB),
-                BLOCK=BLOCK,
-                P=P,
-                Q=Q,
-                G=G,
-                W=W,
-                DRIFTS=drifts and Q is not None,
-                FROM_MEMORY=numbers is not None,
-                COMPUTE=tl.float64 if tl.float64 in (P, Q) else tl.float32,
-                **OPTIONS,
-            )
-        return fixed_sum(partials)
+def chunk() -> int:
+    """Elements of a program."""
+    return BLOCK
+
+
+def phase_kind(q: torch.dtype, p: torch.dtype, mass: bool) -> tuple[Any, Any, bool]:
+    """The step for parameters and momenta of these dtypes, M⁻¹ a tensor or a number."""
+    return TRITON_DTYPE[q], TRITON_DTYPE[p], mass
+
+
+def factors(numbers: tuple[Factor, ...], device: torch.device) -> Any:
+    """Kick, damp and drift as `phase_step` takes them."""
+    return in_memory(numbers, device)
+
+
+def phase_step(launch: Launch, factors: Any, key: int, counted: Tensor, partials: Tensor) -> None:
+    """`reference.phase_space.phase_step`, to the bit, with `counted` added to the key; partials:
+    energies of blocks, written where it drifts."""
+    on_host, numbers = factors
+    Q, P, mass = launch.kind  # type: ignore[misc]
+    phase_kernel[(launch.blocks,)](
+        launch.table,
+        launch.items,
+        launch.table if launch.qs is None else launch.qs,
+        launch.table if launch.gs is None else launch.gs,
+        partials,
+        partials if numbers is None else numbers,
+        counted,
+        *on_host,
+        key,
+        signed(0xBF58476D1CE4E5B9),
+        signed(0x94D049BB133111EB),
+        BLOCK=BLOCK,
+        P=P,
+        Q=Q,
+        MASS=mass,
+        KICKS=launch.gs is not None,
+        DRIFTS=launch.qs is not None,
+        ALIGNED=launch.aligned,
+        FROM_MEMORY=numbers is not None,
+        COMPUTE=tl.float64 if tl.float64 in (P, Q) else tl.float32,
+        **OPTIONS,
+    )
 
 
 @triton.jit
@@ -243,12 +290,15 @@ def within(x, limit: tl.constexpr):
 
 @triton.jit(do_not_specialize=["items", "sign", "checksum_key"])
 def grid_kernel(
-    table,  # int64 rows: P, remainder, Q, q, ∇L, M⁻¹ (or its bits), bits of unit_q, unit_p and of
-    # the number of elements of the tensors before and of s (0: it is `scale`); counts, first blocks
+    table,  # int64 rows: P, Q, remainder (0: zero), M⁻¹ (0: a number); bits of that number, unit_q,
+    # 1/unit_p, unit_p/unit_q; elements of the tensors before; counts, first blocks
     items: tl.int64,
-    energies,  # fp64 [blocks]
+    qs,  # int64 [items] addresses of q and ∇L, 0: it is skipped; read where DRIFTS, KICKS
+    gs,
+    scales,  # bits of s of each tensor; read where OWN, else it is `scale`
+    energies,  # fp64 [blocks], written where it drifts
     checksums,  # int64 [blocks]
-    outside,  # int32 [blocks]
+    outside,  # int64 [blocks]: numbers beyond their limits
     kick: tl.float64,
     drift: tl.float64,
     scale: tl.float64,
@@ -256,130 +306,107 @@ def grid_kernel(
     checksum_key: tl.int64,
     BLOCK: tl.constexpr,
     T: tl.constexpr,  # dtype of q, ∇L and remainder
-    R: tl.constexpr,  # None: no remainder
-    G: tl.constexpr,  # None: no kick
-    W: tl.constexpr,  # None: one M⁻¹ per tensor
+    MASS: tl.constexpr,  # M⁻¹ is a tensor
+    KICKS: tl.constexpr,
     DRIFTS: tl.constexpr,
+    OWN: tl.constexpr,
 ):
-    """P ← P ∓ ⌊kick/s/unit_p·∇L⌉, then Q ← Q ± ⌊(drift·s·unit_p/unit_q·w)·P⌉, q = unit_q·Q + r; and
-    energies[b], unless it is a kick alone. With neither kick nor drift: energies alone."""
+    """P ← P ∓ ⌊kick/s/unit_p·∇L⌉, then Q ← Q ± ⌊(drift·s·unit_p/unit_q·w)·P⌉, q = unit_q·Q + r."""
     block = tl.program_id(0).to(tl.int64)
-    item = find_item(table + 11 * items, items, block)
-    start = (block - tl.load(table + 11 * items + item)) * BLOCK
-    count = tl.minimum(tl.load(table + 10 * items + item) - start, BLOCK).to(tl.int32)
+    item = find_item(table + 10 * items, items, block)
+    start = (block - tl.load(table + 10 * items + item)) * BLOCK
+    count = tl.minimum(tl.load(table + 9 * items + item) - start, BLOCK).to(tl.int32)
     lanes = tl.arange(0, BLOCK)
-    mask = lanes < count
-    unit_q = fp64_row(table, 6, items, item)
-    unit_p = fp64_row(table, 7, items, item)
-    own = fp64_row(table, 9, items, item)
-    s = tl.where(own == 0.0, tl.full((), scale, tl.float64), own)
+    unit_q = fp64_row(table, 5, items, item)
+    per_unit_p = fp64_row(table, 6, items, item)
+    ratio = fp64_row(table, 7, items, item)
+    if OWN:
+        s = fp64_row(scales, 0, items, item)
+    else:
+        s = tl.full((), scale, tl.float64)
     P = pointer(tl.load(table + item), tl.int64, False) + start
-    momentum = tl.load(P + lanes, mask=mask, other=0)
+    momentum = tl.load(P + lanes, mask=lanes < count, other=0)
     inside = tl.full((BLOCK,), True, tl.int1)
-    if G is not None:
-        g = pointer(tl.load(table + 4 * items + item), G, False) + start
-        step = tl.full((), kick, tl.float64) / s / unit_p
-        by = nearest(step * load_block(g, lanes, count, False, tl.float64))
-        place = fp64_row(table, 8, items, item).to(tl.int64) + (start + 1) + lanes
+    checksum = tl.zeros((BLOCK,), tl.int64)
+    if KICKS:
+        g, kicked = part(gs, item, count, True)
+        g = pointer(g, T, False) + start
+        step = tl.full((), kick, tl.float64) / s * per_unit_p
+        by = nearest(step * load_block(g, lanes, kicked, False, tl.float64))
+        place = tl.load(table + 8 * items + item) + (start + 1) + lanes
         z = by + place * checksum_key
         product = (z & 0xFFFFFFFF) * ((z >> 32) & 0xFFFFFFFF)
-        tl.store(checksums + block, tl.sum(tl.where(mask, product, 0), axis=0))
+        checksum = tl.where(lanes < kicked, product, 0)
         momentum -= (by ^ sign) - sign
-        store_block(P, lanes, count, momentum, False)
-        inside = within(by, 1 << 51) & within(momentum, 1 << 62)
-    if DRIFTS or G is None:
-        p64 = momentum.to(tl.float64)
-        if W is None:
-            w = fp64_row(table, 5, items, item)
-        else:
-            weights = pointer(tl.load(table + 5 * items + item), W, False) + start
-            w = load_block(weights, lanes, count, False, tl.float64)
-        speed = (s * unit_p) * p64
-        tl.store(energies + block, 0.5 * tl.sum(w * speed * speed, axis=0))
+        store_block(P, lanes, kicked, momentum, False)
+        inside = within(by, 1 << 51) & within(momentum, 1 << 62) | (lanes >= kicked)
     if DRIFTS:
-        rate = (tl.full((), drift, tl.float64) * s) * (unit_p / unit_q)
-        by = nearest((rate * w) * p64)
-        Q = pointer(tl.load(table + 2 * items + item), tl.int64, False) + start
-        position = tl.load(Q + lanes, mask=mask, other=0) + ((by ^ sign) - sign)
-        store_block(Q, lanes, count, position, False)
-        inside = inside & within(by, 1 << 51) & within(position, 1 << 62)
-        moved = unit_q * position.to(tl.float64)
-        if R is not None:
-            r = pointer(tl.load(table + items + item), R, False) + start
-            moved += load_block(r, lanes, count, False, tl.float64)
-        address = tl.load(table + 3 * items + item)
+        p64 = momentum.to(tl.float64)
+        if MASS:
+            weights = pointer(tl.load(table + 3 * items + item), tl.float64, False) + start
+            w = load_block(weights, lanes, count, False, tl.float64)
+        else:
+            w = fp64_row(table, 4, items, item)
+        speed = (s * (ratio * unit_q)) * p64
+        tl.store(energies + block, 0.5 * tl.sum(w * speed * speed, axis=0))
+        q, moved = part(qs, item, count, True)
+        by = nearest(((tl.full((), drift, tl.float64) * s) * ratio * w) * p64)
+        Q = pointer(tl.load(table + items + item), tl.int64, False) + start
+        position = tl.load(Q + lanes, mask=lanes < moved, other=0) + ((by ^ sign) - sign)
+        store_block(Q, lanes, moved, position, False)
+        inside &= within(by, 1 << 51) & within(position, 1 << 62) | (lanes >= moved)
+        r, remaining = part(table + 2 * items, item, count, True)
+        r = pointer(r, T, False) + start
+        shown = unit_q * position.to(tl.float64)
+        shown += load_block(r, lanes, remaining, False, tl.float64)
         if T is tl.bfloat16:
-            half = nearest_bf16(moved.to(tl.float32))
-            store_block(pointer(address, tl.int16, False) + start, lanes, count, half, False)
+            half = nearest_bf16(shown.to(tl.float32))
+            store_block(pointer(q, tl.int16, False) + start, lanes, moved, half, False)
         else:
             if T is tl.float16:
-                moved = moved.to(tl.float32)
-            store_block(pointer(address, T, False) + start, lanes, count, moved.to(T), False)
-    tl.store(outside + block, tl.sum(tl.where(inside | (lanes >= count), 0, 1), axis=0))
+                shown = shown.to(tl.float32)
+            store_block(pointer(q, T, False) + start, lanes, moved, shown.to(T), False)
+    tl.store(checksums + block, tl.sum(checksum, axis=0))
+    tl.store(outside + block, tl.sum(tl.where(inside, 0, 1), axis=0).to(tl.int64))
+
+
+def grid_kind(q: torch.dtype, mass: bool) -> tuple[Any, bool]:
+    """The step on the grid for parameters of this dtype, M⁻¹ a tensor or a number."""
+    return TRITON_DTYPE[q], mass
 
 
 def grid_step(
-    q: list[Tensor],
-    remainder: Sequence[Tensor | None],
-    Q: list[Tensor],
-    P: list[Tensor],
-    grad: Grads,
-    inv_mass: Sequence[float | Tensor],
-    unit_q: Sequence[float],
-    unit_p: Sequence[float],
-    scale: Sequence[float],
-    kicks: bool,
-    drifts: bool,
-    back: bool,
-    kick: float,
-    drift: float,
-    skipped: Collection[int] = (),
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `reference.phase_space.grid_step`, to the bit (but for the order of the energy's sum)."""
-    device = q[0].device if q else torch.device("cpu")
-    rest = [0.0 if r is None else r for r in remainder]
-    stays = {*skipped, *(i for i, g in enumerate(grad) if kicks and g is None)}
-    grads = [0.0 if g is None or not kicks or i in stays else g for i, g in enumerate(grad)]
-    moved = [0.0 if i in stays else x for i, x in enumerate(q)]
-    # Where all have the same s the table need not change with it.
-    same = len(set(scale)) <= 1
-    own = [0.0] * len(q) if same else scale
-    before = [float(n) for n in prefix([x.numel() for x in q])[:-1]]
-    operands: list[Sequence[Tensor | float]] = [P, rest, Q, moved, grads, inv_mass]
-    operands += [unit_q, unit_p, before, own]
-    groups = elementwise_groups(operands, BLOCK)
-    blocks = sum(g.blocks for g in groups)
-    energies = torch.zeros(blocks, dtype=torch.float64, device=device)
-    checksums = torch.zeros(blocks, dtype=torch.int64, device=device)
-    outside = torch.zeros(blocks, dtype=torch.int32, device=device)
-    first = 0
-    with on_device(device):
-        for group in groups:
-            T, R, G, W = (TRITON_DTYPE[group.dtypes[i]] for i in (3, 1, 4, 5))
-            mine = slice(first, first + group.blocks)
-            first += group.blocks
-            if G is None and not drifts:
-                continue
-            grid_kernel[(group.blocks,)](
-                device_table(group.rows, device),
-                group.items,
-                energies[mine],
-                checksums[mine],
-                outside[mine],
-                kick,
-                drift,
-                scale[0],
-                -1 if back else 0,
-                signed(0x9E3779B97F4A7C15),
-                BLOCK=BLOCK,
-                T=T,
-                R=R,
-                G=G,
-                W=W,
-                DRIFTS=drifts and T is not None,
-                **GRID_OPTIONS,
-            )
-        return checksums.sum(), ~outside.any(), fixed_sum(energies)
+    launch: Launch,
+    numbers: tuple[float, float, float, Tensor | None],
+    sign: int,
+    partials: Tensor,
+    checksums: Tensor,
+    outside: Tensor,
+) -> None:
+    """`reference.phase_space.grid_step`, to the bit. numbers: kick, drift, s of all and, where they
+    differ, of each tensor; sign: 0, or −1 for the way back; the rest: results of blocks."""
+    *on_host, scales = numbers
+    T, mass = launch.kind  # type: ignore[misc]
+    grid_kernel[(launch.blocks,)](
+        launch.table,
+        launch.items,
+        launch.table if launch.qs is None else launch.qs,
+        launch.table if launch.gs is None else launch.gs,
+        launch.table if scales is None else scales,
+        partials,
+        checksums,
+        outside,
+        *on_host,
+        sign,
+        signed(0x9E3779B97F4A7C15),
+        BLOCK=BLOCK,
+        T=T,
+        MASS=mass,
+        KICKS=launch.gs is not None,
+        DRIFTS=launch.qs is not None,
+        OWN=scales is not None,
+        **GRID_OPTIONS,
+    )
 
 
 def samples() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
@@ -387,39 +414,41 @@ def samples() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]
     f64, f32, b16, f16 = (
         TRITON_DTYPE[d] for d in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
     )
-    phase = {"table": "*i64", "items": "i64", "partials": "*fp64", "numbers": "*fp64"}
+    phase = {"table": "*i64", "items": "i64", "qs": "*i64", "gs": "*i64", "partials": "*fp64"}
+    phase |= {"numbers": "*fp64", "counted": "*i64"}
     phase |= {"kick": "fp64", "damp": "fp64", "drift": "fp64"}
     phase |= {"key": "i64", "mul1": "i64", "mul2": "i64"}
-    grid = {"table": "*i64", "items": "i64", "energies": "*fp64", "checksums": "*i64"}
-    grid |= {"outside": "*i32", "kick": "fp64", "drift": "fp64", "scale": "fp64"}
-    grid |= {"sign": "i64", "checksum_key": "i64"}
+    grid = {"table": "*i64", "items": "i64", "qs": "*i64", "gs": "*i64", "scales": "*i64"}
+    grid |= {"energies": "*fp64", "checksums": "*i64", "outside": "*i64"}
+    grid |= {"kick": "fp64", "drift": "fp64", "scale": "fp64", "sign": "i64", "checksum_key": "i64"}
     mixed = [
-        (f32, b16, b16, None, True, False),
-        (f32, f16, f16, f32, True, True),
-        (f64, f32, f32, f64, True, False),
-        (f32, f32, f32, None, True, True),
+        (f32, b16, False, True, True, True, False),
+        (f32, f16, True, True, True, False, True),
+        (f64, f32, True, True, True, True, False),
+        (f32, f32, False, True, True, True, True),
+        (f32, f32, False, True, False, True, False),
     ]
     return [
         (
             phase_kernel,
             phase,
-            {"BLOCK": BLOCK, "P": p, "Q": q, "G": g, "W": w, "DRIFTS": drifts}
-            | {"FROM_MEMORY": memory, "COMPUTE": f64 if f64 in (p, q) else f32},
+            {"BLOCK": BLOCK, "P": p, "Q": q, "MASS": mass, "KICKS": kicks, "DRIFTS": drifts}
+            | {"ALIGNED": wide, "FROM_MEMORY": memory, "COMPUTE": f64 if f64 in (p, q) else f32},
             OPTIONS,
         )
-        for p, q, g, w, drifts, memory in mixed
+        for p, q, mass, kicks, drifts, wide, memory in mixed
     ] + [
         (
             grid_kernel,
             grid,
-            {"BLOCK": BLOCK, "T": t, "R": r, "G": g, "W": w, "DRIFTS": drifts},
+            {"BLOCK": BLOCK, "T": t, "MASS": mass, "KICKS": kicks, "DRIFTS": drifts, "OWN": own},
             GRID_OPTIONS,
         )
-        for t, r, g, w, drifts in [
-            (f32, None, f32, None, True),
-            (f32, f32, f32, f64, True),
-            (f32, None, f32, None, False),
-            (f64, f64, None, None, True),
-            (b16, None, b16, None, True),
+        for t, mass, kicks, drifts, own in [
+            (f32, False, True, True, False),
+            (f32, True, True, True, True),
+            (f32, False, True, False, False),
+            (f64, False, False, True, False),
+            (b16, False, True, True, False),
         ]
     ]
