@@ -8,7 +8,7 @@ them, and they are uploaded where one is another than before.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -28,10 +28,10 @@ Row = Sequence[int]
 class Launch:
     """The tensors of a plan that share a kernel, at a step."""
 
-    kind: Hashable  # which kernel, as its module names it
-    blocks: int
+    kind: Any  # which kernel, as its module names it
+    blocks: slice  # of those of all launches
     table: Tensor  # int64 rows of what stays, then counts [items] and first blocks [items + 1]
-    items: int
+    items: slice  # of the tensors of all launches
     qs: Tensor | None  # [items] addresses of the parameters, 0: skipped; None: no drift
     gs: Tensor | None  # of the gradients; None: no kick
     aligned: bool  # all addresses are multiples of 16 bytes
@@ -46,7 +46,7 @@ class _Plan:
         kernels: ModuleType,
         params: list[Tensor],
         owned: list[Tensor],
-        kinds: Sequence[Hashable],
+        kinds: Sequence[Any],
         addresses: Sequence[Row],
         numbers: Sequence[Row],
     ) -> None:
@@ -54,11 +54,13 @@ class _Plan:
         self.device = params[0].device if params else torch.device("cpu")
         known: Any = Addresses if backends.compiled is None else backends.compiled.Addresses
         self._addresses = known(params, owned)
-        groups: dict[Hashable, list[int]] = {}
+        groups: dict[Any, list[int]] = {}
         for i, (kind, q) in enumerate(zip(kinds, params, strict=True)):
             if q.numel():
                 groups.setdefault(kind, []).append(i)
-        self._groups, self._order, self._blocks = [], [], 0
+        self._groups: list[tuple[Any, Upload, slice, slice, bool]] = []
+        self._order: list[int] = []
+        self._blocks = 0
         for kind, index in groups.items():
             counts = [params[i].numel() for i in index]
             starts = prefix([-(-n // kernels.chunk()) for n in counts])
@@ -71,46 +73,45 @@ class _Plan:
             self._groups.append((kind, table, items, blocks, aligned))
             self._order += index
             self._blocks = blocks.stop
-        self._as_they_stand = self._order == list(range(len(params)))
-        self._moving: Upload | None = None
-        self._version = -1
+        self._in_order = self._order == list(range(len(params)))
+        self._version = -1  # of the addresses on the device
+        self._launches: dict[tuple[bool, bool], list[Launch]] = {}  # on these, by kicks and drifts
 
     def skipped(self) -> tuple[int, ...]:
         """Places of the parameters that took no part in the last step."""
         return tuple(self._addresses.skipped())
 
-    def _launches(
+    def _refreshed(
         self, grads: Any, skipped: tuple[int, ...], kicks: bool, drifts: bool
-    ) -> list[tuple[Launch, slice, slice]] | None:
-        """With the items and blocks of each. None where the plan is not what it was or a gradient
-        is odd."""
+    ) -> list[Launch] | None:
+        """None where the plan is not what it was or a gradient is odd."""
         if not self._addresses.refresh(grads, skipped, kicks, drifts):
             return None
         version = self._addresses.version()
         if version != self._version:
             rows = self._addresses.rows()
-            rows = rows if self._as_they_stand else rows[:, self._order]
-            self._even = not bool((rows % 16).any())
-            self._moving = Upload(rows, self.device)
-            self._version = version  # last: an upload may fail
-        assert self._moving is not None
-        qs, gs = self._moving.table().view(2, -1)
-        return [
-            (
+            rows = rows if self._in_order else rows[:, self._order]
+            even = not bool((rows % 16).any())
+            self._moving = Upload(rows, self.device)  # may fail; nothing has changed then
+            self._version, self._even, self._launches = version, even, {}
+        # Asked for at each step, whose stream may be another.
+        moving, *tables = (x.table() for x in (self._moving, *(group[1] for group in self._groups)))
+        found = self._launches.get((kicks, drifts))
+        if found is None:
+            qs, gs = moving.view(2, -1)
+            found = self._launches[kicks, drifts] = [
                 Launch(
                     kind,
-                    blocks.stop - blocks.start,
-                    table.table(),
-                    items.stop - items.start,
+                    blocks,
+                    table,
+                    items,
                     qs[items] if drifts else None,
                     gs[items] if kicks else None,
                     aligned and self._even,
-                ),
-                items,
-                blocks,
-            )
-            for kind, table, items, blocks, aligned in self._groups
-        ]
+                )
+                for (kind, _, items, blocks, aligned), table in zip(self._groups, tables)
+            ]
+        return found
 
     def _new(self, dtype: torch.dtype) -> Tensor:
         """A number for each block of all launches."""
@@ -158,7 +159,7 @@ class PhasePlan(_Plan):
         """The kinetic energy where it drifts; None, and nothing touched, where the plan is not what
         it was or a gradient is odd. Factors may be 0-d tensors on the device, read there."""
         with on_device(self.device):
-            launches = self._launches(grads, skipped, kicks, drifts)
+            launches = self._refreshed(grads, skipped, kicks, drifts)
             if launches is None:
                 return None
             partials, counted = self._new(torch.float64), self._zero
@@ -167,8 +168,9 @@ class PhasePlan(_Plan):
                 counted, key = self._replayed, key - self._captured * STEP_KEY
                 self._captured += 1
             factors = self.kernels.factors((kick, damp, drift), self.device)
-            for launch, _, blocks in launches:
-                self.kernels.phase_step(launch, factors, signed(key), counted, partials[blocks])
+            for launch in launches:
+                mine = partials[launch.blocks]
+                self.kernels.phase_step(launch, factors, signed(key), counted, mine)
             if counted is self._replayed:
                 counted.add_(signed(STEP_KEY))
             return self.kernels.fixed_sum(partials) if drifts else self._energy
@@ -239,7 +241,7 @@ class GridPlan(_Plan):
         """As `step`, without waiting: the checksum and the number of blocks with a number outside
         of its limits, int64 [2]; the energy."""
         with on_device(self.device):
-            launches = self._launches(grads, skipped, kicks, drifts)
+            launches = self._refreshed(grads, skipped, kicks, drifts)
             if launches is None:
                 return None
             scales = None
@@ -247,14 +249,13 @@ class GridPlan(_Plan):
                 each = [fp64_bits(own.get(i, scale)) for i in self._order]
                 scales = Upload([each], self.device).table()
             partials, checksums, outside = map(self._new, (torch.float64, torch.int64, torch.int64))
-            for launch, items, blocks in launches:
+            for launch in launches:
+                own_scales = None if scales is None else scales[launch.items]
                 self.kernels.grid_step(
                     launch,
-                    (kick, drift, scale, None if scales is None else scales[items]),
+                    (kick, drift, scale, own_scales),
                     -1 if back else 0,
-                    partials[blocks],
-                    checksums[blocks],
-                    outside[blocks],
+                    *(x[launch.blocks] for x in (partials, checksums, outside)),
                 )
             energy = self.kernels.fixed_sum(partials) if drifts else partials.new_zeros(())
             return torch.stack([checksums.sum(), outside.sum()]), energy

@@ -218,9 +218,8 @@ class Grid:
                 else:
                     tensors = (space.params, self.rest_q, self.Q, self.P, grads, self.mass)
                     units = (self.unit_q, self.unit_p, self._scales())
-                    checksum, inside, energy = reference.grid_step(
-                        *tensors, *units, *numbers, skipped
-                    )
+                    args: Any = (*tensors, *units, *numbers, skipped)
+                    checksum, inside, energy = reference.grid_step(*args)
                     result = int(checksum) & reference.MASK, bool(inside), energy
         if result is None:
             raise RuntimeError(

@@ -491,8 +491,8 @@ class _Floats:
                 if self.plan is not None:
                     energy = self.plan.step(grads, skipped, *numbers, get_num_threads())
                 else:
-                    tensors = (space.params, self.p, grads, self.mass)
-                    energy = reference.phase_step(*tensors, *numbers, skipped)
+                    args: Any = (space.params, self.p, grads, self.mass, *numbers, skipped)
+                    energy = reference.phase_step(*args)
         if energy is None:
             raise RuntimeError(
                 f"{op}: the plan is stale: the memory of its momenta or masses has moved. Make a "

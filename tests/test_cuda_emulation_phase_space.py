@@ -16,7 +16,7 @@ import torch
 from cuda_emulation import emulate
 
 import gti_kernels as gti
-from gti_kernels import tables, testing
+from gti_kernels import device_plans, tables, testing
 from gti_kernels.cuda_kernels import compiler, kinetic_energy, phase_space, ragged
 from gti_kernels.reference import phase_space as reference
 
@@ -218,12 +218,10 @@ def test_limits_of_the_grid(emulated, limit, sign):
             edge = 2**62 - 2 if sign > 0 else -(2**62) + 1
             P[3], grad[3] = edge, -sign * (1.0 if inside else 2.0)
         q = torch.zeros(5, dtype=torch.float64)
-        numbers_ = ([1.0], [1.0], [1.0], [1.0], True, False, False, 1.0, 0.0)
-        _, found, _ = phase_space.Plan().grid_step([q], [None], [Q], [P], [grad], *numbers_)
-        _, right, _ = reference.grid_step(
-            [q], [None], [Q.clone()], [P.clone() * 0], [grad * 0], *numbers_
-        )
-        assert bool(right) and bool(found) == inside
+        seen = [[x.view(torch.float64)] for x in (Q, P)]
+        plan = device_plans.GridPlan(phase_space, [q], *seen, [None], [1.0], [], [1.0], [1.0])
+        _, found, _ = plan.step([grad], (), True, False, False, 1.0, 0.0, 1.0, {})
+        assert found == inside
 
 
 # ---- memory -------------------------------------------------------------------------------------
@@ -266,26 +264,29 @@ def test_more_than_2_to_the_32_elements(emulated, monkeypatch, exact):
     monkeypatch.setattr(
         ragged, "launch", lambda kernel, grid, *a, **k: emulator.launch(kernel, 4, *a, **k)
     )
-    monkeypatch.setattr(phase_space.Plan, "_new", lambda self, d: torch.zeros(chunks, dtype=d))
+    monkeypatch.setattr(device_plans._Plan, "_new", lambda self, d: torch.zeros(chunks, dtype=d))
     monkeypatch.setattr(phase_space, "fixed_sum", torch.sum)
     q, g = (numbers(tail, dtype=torch.bfloat16, seed=i) for i in range(2))
     big_q, big_g = promised(q.dtype, q), promised(g.dtype, g)
-    plan, mass = phase_space.Plan(), [0.5]
+    mass = [0.5]
     if exact:
         Q, P = (torch.zeros(tail, dtype=torch.int64) for _ in range(2))
         big_Q, big_P = promised(Q.dtype), promised(P.dtype)
-        rest = [2.0**-30], [2.0**-40], [1.0], True, True, False, 0.1, 0.2
-        checksum, inside, energy = plan.grid_step(
-            [big_q], [None], [big_Q], [big_P], [big_g], mass, *rest
+        units, step = ([2.0**-30], [2.0**-40]), (True, True, False, 0.1, 0.2)
+        seen = [[x.view(torch.float64)] for x in (big_Q, big_P)]
+        plan = device_plans.GridPlan(phase_space, [big_q], *seen, [None], mass, [], *units)
+        checksum, inside, energy = plan.step([big_g], (), *step, 1.0, {})
+        _, right, expected = reference.grid_step(
+            [q], [None], [Q], [P], [g], mass, *units, [1.0], *step
         )
-        _, right, expected = reference.grid_step([q], [None], [Q], [P], [g], mass, *rest)
-        assert bool(inside) == bool(right)
-        assert int(checksum) == int(reference._checksum(-P, n - tail))
+        assert inside == bool(right)
+        assert checksum == int(reference._checksum(-P, n - tail)) & reference.MASK
         assert torch.equal(big_Q[-tail:], Q) and torch.equal(big_P[-tail:], P)
     else:
         p = torch.zeros(tail, dtype=torch.float32)
         big_p = promised(p.dtype)
-        energy = plan.phase_step([big_q], [big_p], [big_g], mass, True, True, 0.1, 0.9, 0.2, 7)
+        plan = device_plans.PhasePlan(phase_space, [big_q], [big_p], mass, [])
+        energy = plan.step([big_g], (), True, True, 0.1, 0.9, 0.2, 7)
         expected = reference.phase_step(
             [q.float()], [p], [g.float()], mass, True, True, 0.1, 0.9, 0.2, 7
         )
@@ -349,79 +350,80 @@ def test_tables_are_uploaded_once_and_addresses_where_they_change(emulated, monk
 
     class Counted(tables.Upload):
         def __init__(self, rows, device):
-            made.append([list(row) for row in rows])
+            made.append(rows)
             super().__init__(rows, device)
 
-    monkeypatch.setattr(tables, "Upload", Counted)
-    monkeypatch.setattr(phase_space, "Upload", Counted)
+    monkeypatch.setattr(device_plans, "Upload", Counted)
     q = [torch.nn.Parameter(numbers(n, dtype=torch.float32)) for n in (100, 3000)]
     for x in q:
         x.grad = torch.ones_like(x)
     space = gti.PhaseSpace(q, backend="cuda")
     space.kick_drift_(0.1, 0.2)
-    assert len(made) == 3  # the table, addresses of parameters, of gradients
+    assert len(made) == 2  # the table; the addresses
     for _ in range(2):
         space.kick_drift_(0.1, 0.2)
         space.drift_(0.1)
         space.kick_(0.1)
-    assert len(made) == 3
+    assert len(made) == 2
     old = q[1].grad
     q[1].grad = 2 * old
     space.kick_drift_(0.1, 0.2)
-    assert made[3:] == [[[x.grad.data_ptr() for x in q]]]
+    places = [x.data_ptr() for x in q]
+    assert made[2].tolist() == [places, [x.grad.data_ptr() for x in q]]
     q[0].grad = None
     space.kick_(0.1)
-    assert made[4:] == [[[0, q[1].grad.data_ptr()]]]
+    assert made[3].tolist() == [places, [0, q[1].grad.data_ptr()]]
     q[1].data = q[1].data.clone()
     p = space.momenta[1].clone()
     before = q[1].detach().clone()
     space.drift_(0.5)
-    assert made[5:] == [[[x.data_ptr() for x in q]]]
+    places = [x.data_ptr() for x in q]
+    assert made[4].tolist() == [places, [0, q[1].grad.data_ptr()]]
     assert torch.equal(q[1].detach(), before + 0.5 * space.inv_mass[1] * p)
+    before = q[1].detach().clone()
+    space.drift_(0.5, skipped=[1])
+    assert made[5].tolist() == [[places[0], 0], [0, q[1].grad.data_ptr()]]
+    assert torch.equal(q[1].detach(), before)
+    assert len(made) == 6
 
 
+def test_an_upload_that_fails_is_made_up_for(emulated, monkeypatch):
+    """As inside a CUDA graph capture: the next step must not run on the addresses of the last."""
+    emulated()
+    q = [numbers(50, dtype=torch.float32), numbers(60, dtype=torch.float64)]
+    grads = [torch.sin(x) for x in q]
+    space, mirror = (gti.PhaseSpace([x.clone() for x in q], backend=b) for b in ("cuda", "cpu"))
+    for s in (space, mirror):
+        s.kick_drift_(0.1, 0.2, grads=grads)
+    before = [x.clone() for x in (*space.params, *space.momenta)]
+    others = [torch.cos(x) for x in q]
+
+    def fail(*args):
+        raise RuntimeError("new tensors inside a CUDA graph capture")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(device_plans, "Upload", fail)
+        with pytest.raises(RuntimeError, match="inside a CUDA graph"):
+            space.kick_drift_(0.1, 0.2, grads=others)
+    assert same_bits([*space.params, *space.momenta], before) and space.step_count == 1
+    for s in (space, mirror):
+        s.kick_drift_(0.1, 0.2, grads=others)
+    assert same_bits([*space.params, *space.momenta], [*mirror.params, *mirror.momenta])
+
+
+@pytest.mark.parametrize("backend", ["cpu", "cuda"])
 @pytest.mark.parametrize("exact", [False, True])
-def test_memory_of_the_plan_that_has_moved_is_an_error(emulated, exact):
+def test_memory_of_the_plan_that_has_moved_is_an_error(emulated, exact, backend):
     emulated()
     q = [numbers(50, dtype=torch.float32)]
-    space = gti.PhaseSpace(q, exact=exact, backend="cuda")
+    space = gti.PhaseSpace(q, inv_mass=[torch.ones(50)], exact=exact, backend=backend)
     space.drift_(0.1)
     before = q[0].clone()
-    kept = space._engine.P if exact else space.momenta
+    kept = space._engine.mass
     kept[0].data = kept[0].clone()
     with pytest.raises(RuntimeError, match="drift_: the plan is stale: the memory of its"):
         space.drift_(0.1)
     assert torch.equal(q[0], before)
-
-
-@pytest.mark.parametrize("exact", [False, True])
-def test_a_first_step_that_fails_leaves_nothing_behind(emulated, monkeypatch, exact):
-    """As inside a CUDA graph capture, where nothing can be uploaded: here the second table."""
-    emulated()
-    made = []
-
-    class Failing(tables.Upload):
-        def __init__(self, rows, device):
-            made.append(rows)
-            if len(made) == 2:
-                raise RuntimeError("inside a CUDA graph capture")
-            super().__init__(rows, device)
-
-    runs = []
-    for backend in ("cpu", "cuda"):
-        q = [numbers(50, dtype=torch.float32), numbers(60, dtype=torch.float64)]
-        space = gti.PhaseSpace(q, exact=exact, backend=backend)
-        grads = [torch.sin(x) for x in q]
-        if backend == "cuda":
-            before = [x.clone() for x in q]
-            with monkeypatch.context() as patch:
-                patch.setattr(phase_space, "Upload", Failing)
-                with pytest.raises(RuntimeError, match="inside a CUDA graph"):
-                    space.kick_drift_(0.1, 0.2, grads=grads)
-            assert same_bits(q, before)
-        space.kick_drift_(0.1, 0.2, grads=grads)
-        runs.append([*q, *space.momenta])
-    assert same_bits(*runs)
 
 
 def test_a_saved_exact_walk_goes_on_with_the_units_it_had(emulated):
@@ -461,10 +463,10 @@ def test_factors_on_the_device(emulated):
         p = [numbers(*x.shape, dtype=torch.float32, seed=2) for x in q]
         p[3] = p[3].t().contiguous().t()
         grads = [torch.sin(x) for x in q]
-        plan = phase_space.Plan()
+        plan = device_plans.PhasePlan(phase_space, q, p, [0.5] * len(q), [])
         factors = [wrap(x) for x in (0.125, 0.875, 0.25)]  # fp32 has them exactly
-        energy = plan.phase_step(q, p, grads, [0.5] * len(q), True, True, *factors, 5)
-        plan.phase_step(q, p, grads, [0.5] * len(q), False, True, 0.0, 1.0, wrap(-0.5), 6)
+        energy = plan.step(grads, (), True, True, *factors, 5)
+        plan.step(None, (), False, True, 0.0, 1.0, wrap(-0.5), 6)
         runs.append([*q, *p, energy])
     assert same_bits(runs[0], runs[1]) and same_bits(runs[0], runs[2])
 
@@ -504,8 +506,8 @@ def test_replays_of_a_graph_round_as_as_many_steps(emulated, monkeypatch):
         monkeypatch.setattr(
             ragged, "launch", lambda *a, **k: (kept.append((a, k)), launch(*a, **k))
         )
-        monkeypatch.setattr(phase_space, "capturing", lambda device: True)
-        counter = space._engine.kernels._replayed
+        monkeypatch.setattr(device_plans, "capturing", lambda device: True)
+        counter = space._engine.plan._replayed
         counts = []
         for _ in range(2):
             space.kick_drift_(1e-3, 1e-3, grads=grads)
@@ -565,6 +567,9 @@ def test_no_product_is_contracted_with_the_sum_that_follows(element, momentum):
 
 
 def test_specialisations_are_those_a_plan_asks_for():
-    asked = {phase_space.phase_specialisation(q, p) for q, p in itertools.product(DTYPES, WIDE)}
-    asked |= {phase_space.grid_specialisation(q) for q in DTYPES}
+    asked = {
+        phase_space.phase_kind(q, p, mass)
+        for q, p, mass in itertools.product(DTYPES, WIDE, (False, True))
+    }
+    asked |= {phase_space.grid_kind(q, mass) for q in DTYPES for mass in (False, True)}
     assert set(phase_space.SPECIALISATIONS) == asked

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ if INTERPRETING and not hasattr(triton._C.libtriton.interpreter, "fma_fp64"):
 on_gpu_only = pytest.mark.skipif(INTERPRETING, reason="needs a GPU")
 
 import gti_kernels  # noqa: E402
-from gti_kernels import testing  # noqa: E402
+from gti_kernels import device_plans, testing  # noqa: E402
 from gti_kernels.reference import gram as ref_gram  # noqa: E402
 from gti_kernels.reference import kinetic_energy as ref_energy  # noqa: E402
 from gti_kernels.reference import leapfrog as ref_leapfrog  # noqa: E402
@@ -208,15 +209,22 @@ def test_phase_step_bits(dtype: torch.dtype, wide: torch.dtype, mass: str, numbe
     grads: list[Tensor | None] = [None if i == 2 else x for i, x in enumerate(g)]
     inv_mass = [0.1 + 0.3 * i for i in range(len(q))] if mass == "numbers" else w
     runs = []
-    for module in (ref_phase, phase_space):
+    for backend in ("reference", "triton"):
         a, b = copies(q), copies(p)
         factors = [0.1, 0.9, 0.01]
         if numbers == "device":
             factors = [torch.tensor(x, dtype=torch.float64, device=DEVICE) for x in factors]
-        energy = module.phase_step(a, b, grads, inv_mass, True, True, *factors, 2**64 - 12345)
+        plan = device_plans.PhasePlan(phase_space, a, b, inv_mass, [])
+
+        def step(grads: Any, skipped: tuple[int, ...], *numbers: Any) -> Tensor:
+            if backend == "triton":
+                return plan.step(grads, skipped, *numbers)
+            return ref_phase.phase_step(a, b, grads, inv_mass, *numbers, skipped)
+
+        energy = step(grads, (), True, True, *factors, 2**64 - 12345)
         assert same_bits([a[2], b[2]], [q[2], p[2]])  # no gradient: nothing of it moves
-        module.phase_step(a, b, grads, inv_mass, False, True, 0.0, 1.0, 0.03, 77, (0, 4))
-        none = module.phase_step(a, b, grads, inv_mass, True, False, 0.3, 0.7, 0.0, 77)
+        step([None] * len(q), (0, 4), False, True, 0.0, 1.0, 0.03, 77)
+        none = step(grads, (), True, False, 0.3, 0.7, 0.0, 77)
         assert float(none) == 0.0
         runs.append((a, b, float(energy)))
     assert same_bits(runs[0][0], runs[1][0])
@@ -240,16 +248,21 @@ def test_grid_step_bits(dtype: torch.dtype, mass: str, own: int | None) -> None:
     inv_mass = [0.1 + 0.3 * i for i in range(len(q))] if mass == "numbers" else w
     units = [2.0 ** (-48 + i) for i in range(len(q))], [2.0**-40] * len(q)
     runs = []
-    for module in (ref_phase, phase_space):
+    for backend in ("reference", "triton"):
         a, b, c = copies(q), copies(Q), copies(P)
+        seen = [[x.view(torch.float64) for x in xs] for xs in (b, c)]
+        plan = device_plans.GridPlan(phase_space, a, *seen, rest, inv_mass, [], *units)
 
         def step(*numbers: float, grads: list[Tensor | None] = grads) -> tuple[int, bool, float]:
             *numbers, s = numbers
-            scale = [s if i != own else 3.0 * s for i in range(len(q))]
-            results = module.grid_step(
-                a, rest, b, c, grads, inv_mass, *units, scale, *numbers, (2,)
-            )
-            return int(results[0]), bool(results[1]), float(results[2])
+            others = {} if own is None else {own: 3.0 * s}
+            if backend == "triton":
+                results = plan.step(grads, (2,), *numbers, s, others)
+            else:
+                scale = [others.get(i, s) for i in range(len(q))]
+                lists = (a, rest, b, c, grads, inv_mass, *units)
+                results = ref_phase.grid_step(*lists, scale, *numbers, (2,))
+            return int(results[0]) & ref_phase.MASK, bool(results[1]), float(results[2])
 
         told = [step(True, True, False, 0.1, 1e-7, 0.5), step(True, False, False, 0.2, 0.0, 0.5)]
         mid = [*copies(a), *copies(b), *copies(c)]

@@ -65,6 +65,6 @@ def grid_step(
 
 
 def _run(launch: Launch, args: list[Any]) -> None:
-    assert isinstance(launch.kind, Specialisation)
-    first = [launch.table, launch.items, launch.qs, launch.gs]
-    run(STEM, launch.kind, launch.blocks, [*first, *args], launch.table.device)
+    items, blocks = (x.stop - x.start for x in (launch.items, launch.blocks))
+    args = [launch.table, items, launch.qs, launch.gs, *args]
+    run(STEM, launch.kind, blocks, args, launch.table.device)

@@ -248,10 +248,10 @@ def phase_step(launch: Launch, factors: Any, key: int, counted: Tensor, partials
     """`reference.phase_space.phase_step`, to the bit, with `counted` added to the key; partials:
     energies of blocks, written where it drifts."""
     on_host, numbers = factors
-    Q, P, mass = launch.kind  # type: ignore[misc]
-    phase_kernel[(launch.blocks,)](
+    Q, P, mass = launch.kind
+    phase_kernel[(_count(launch.blocks),)](
         launch.table,
-        launch.items,
+        _count(launch.items),
         launch.table if launch.qs is None else launch.qs,
         launch.table if launch.gs is None else launch.gs,
         partials,
@@ -386,10 +386,10 @@ def grid_step(
     """`reference.phase_space.grid_step`, to the bit. numbers: kick, drift, s of all and, where they
     differ, of each tensor; sign: 0, or −1 for the way back; the rest: results of blocks."""
     *on_host, scales = numbers
-    T, mass = launch.kind  # type: ignore[misc]
-    grid_kernel[(launch.blocks,)](
+    T, mass = launch.kind
+    grid_kernel[(_count(launch.blocks),)](
         launch.table,
-        launch.items,
+        _count(launch.items),
         launch.table if launch.qs is None else launch.qs,
         launch.table if launch.gs is None else launch.gs,
         launch.table if scales is None else scales,
@@ -407,6 +407,10 @@ def grid_step(
         OWN=scales is not None,
         **GRID_OPTIONS,
     )
+
+
+def _count(places: slice) -> int:
+    return int(places.stop - places.start)
 
 
 def samples() -> list[tuple[Any, dict[str, str], dict[str, Any], dict[str, Any]]]:
