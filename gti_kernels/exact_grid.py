@@ -226,7 +226,8 @@ class Grid:
                 f"{op}: the plan is stale: the memory of its grid has moved. Make a new PhaseSpace"
             )
         space.wrote(q=drifts, p=kicks, skipped=skipped)
-        self.versions = self._versions()
+        if drifts:
+            self.versions = self._versions()
         return result
 
     def scale_(self, factor: float) -> None:
@@ -260,7 +261,10 @@ class Grid:
     # ---- what others wrote -----------------------------------------------------------------------
 
     def _versions(self) -> list[int]:
-        return [0 if q.is_inference() else q._version for q in self.space.params]
+        try:
+            return [q._version for q in self.space.params]
+        except RuntimeError:  # an inference tensor has none
+            return [0 if q.is_inference() else q._version for q in self.space.params]
 
     def _check_versions(self, op: str) -> None:
         versions = self._versions()
