@@ -38,8 +38,8 @@ class PhaseSpace:
         H = ½ pᵀM⁻¹p + L(q);  kick: p ← damp·p − step·∇L;  drift: q ← q + step·M⁻¹p
 
     The plan keeps the momenta and a table of addresses, so that a step costs the host little beyond
-    the reading of `.grad`. Addresses are read anew at each step: `.grad` may be another tensor, or
-    the parameter's data may have moved. A parameter of another shape, dtype, device or memory
+    the reading of `.grad`, on every device. Addresses are read anew at each step: `.grad` may be
+    another tensor, or the parameter's data may have moved; a GPU gets those that have changed. A parameter of another shape, dtype, device or memory
     layout than when the plan was made is an error.
 
     With exact=True a walk can be taken back to the last bit. q and p live on grids of integers,
@@ -64,7 +64,8 @@ class PhaseSpace:
         momentum: "zeros", "gaussian" (p ~ N(0, M), by `seed`) or tensors like params (copied).
         momentum_dtype: torch.float32 or float64; None: float64 for fp64 parameters, else float32.
         exact: the reversible grid, at three times the memory of the momenta and at about twice
-            the time of a step. It synchronises a GPU once per call.
+            the time of a step. It waits for a GPU once per call: the host keeps the checksum of a
+            kick, and a step that overflows is taken back before anything else can run on it.
         seed: of gaussian momenta and of stochastic rounding.
         backend: "auto", "reference", "cpu", "triton" or "cuda"; see `gti_kernels.explain`.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import struct
+from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -36,26 +37,31 @@ class Group(NamedTuple):
 
 
 def elementwise_groups(operands: Sequence[Sequence[Tensor | float]], block: int) -> list[Group]:
-    """Lists of L tensors of the same sizes (or numbers, one per tensor), grouped by their dtypes
-    and cut into blocks of `block` elements.
+    """Lists of L tensors of the same sizes (or of L numbers), grouped by their dtypes and cut into
+    blocks of `block` elements.
 
-    Empty tensors are left out. The row of a number holds its fp64 bits.
+    Empty tensors are left out. The row of a list of numbers holds their fp64 bits.
     """
-    found: dict[tuple[torch.dtype | None, ...], list[tuple[int, ...]]] = {}
-    for item in zip(*operands, strict=True):
-        count = item[0].numel()  # type: ignore[union-attr]
+    counts = [x.numel() for x in operands[0]]  # type: ignore[union-attr]
+    dtypes: list[Sequence[torch.dtype | None]] = []
+    columns: list[Sequence[int]] = []
+    for xs in operands:
+        if xs and isinstance(xs[0], Tensor):
+            dtypes.append([x.dtype for x in xs])  # type: ignore[union-attr]
+            columns.append([x.data_ptr() for x in xs])  # type: ignore[union-attr]
+        else:
+            dtypes.append([None] * len(xs))
+            columns.append(array("q", array("d", xs).tobytes()))  # type: ignore[type-var]
+    found: dict[tuple[torch.dtype | None, ...], list[int]] = {}
+    for i, (count, kinds) in enumerate(zip(counts, zip(*dtypes, strict=True), strict=True)):
         if count:
-            dtypes = tuple(x.dtype if isinstance(x, Tensor) else None for x in item)
-            row = [x.data_ptr() if isinstance(x, Tensor) else fp64_bits(x) for x in item]
-            found.setdefault(dtypes, []).append((*row, count))
+            found.setdefault(kinds, []).append(i)
     groups = []
-    for dtypes, items in found.items():
-        columns = tuple(zip(*items, strict=True))
-        starts = tuple(prefix([-(-n // block) for n in columns[-1]]))
-        wide = not any(
-            a % 16 for d, column in zip(dtypes, columns, strict=False) if d for a in column
-        )
-        groups.append(Group(dtypes, wide, len(items), starts[-1], (*columns, starts)))
+    for kinds, items in found.items():
+        rows = [tuple([column[i] for i in items]) for column in (*columns, counts)]
+        starts = tuple(prefix([-(-n // block) for n in rows[-1]]))
+        wide = not any(a % 16 for kind, row in zip(kinds, rows, strict=False) if kind for a in row)
+        groups.append(Group(kinds, wide, len(items), starts[-1], (*rows, starts)))
     return groups
 
 

@@ -1,5 +1,6 @@
 #include "gti/leapfrog.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "bindings.h"
@@ -72,11 +73,35 @@ py::object py_kick_drift(py::handle q, py::handle p, py::handle grad, double kic
   }));
 }
 
+// Whether a kernel of any device can walk through these lists together, as flat memory: plain,
+// dense tensors of one device, laid out alike place by place, of which no written one shares memory
+// with another. Where it says no, the checks in Python have the words.
+bool py_alike(const py::list& written, const py::list& read) {
+  const auto first = written[0].cast<py::list>();
+  if (first.empty()) return false;
+  std::vector<View> like, views, all[2];
+  try {
+    const Device device = device_of(first[0]);
+    if (!views_of(first, like, false, device)) return false;
+    for (const auto& [lists, into] : {std::pair(&written, &all[0]), std::pair(&read, &all[1])})
+      for (const auto& list : *lists) {
+        if (!views_of(list, views, false, device) || views.size() != like.size()) return false;
+        for (size_t i = 0; i < like.size(); ++i)
+          if (!same_layout(views[i], like[i])) return false;
+        into->insert(into->end(), views.begin(), views.end());
+      }
+  } catch (const py::type_error&) {
+    return false;
+  }
+  return std::all_of(like.begin(), like.end(), is_dense) && disjoint({&all[0]}, {&all[1]});
+}
+
 }  // namespace
 
 // A factor must be a float: a tensor would be read by way of its __float__, and sync.
 void bind_leapfrog(py::module_& module) {
   using py::arg;
+  module.def("alike", &py_alike, arg("written"), arg("read"));
   module.def("kick_", &py_kick, arg("p"), arg("grad"), arg("step").noconvert(),
              arg("damp").noconvert(), arg("recording"), arg("threads"));
   module.def("drift_", &py_drift, arg("q"), arg("p"), arg("step").noconvert(), arg("inv_mass"),
