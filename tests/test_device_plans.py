@@ -11,6 +11,7 @@ import torch
 
 import gti_kernels as gti
 from gti_kernels import backends, device_plans, testing
+from gti_kernels.ops.arguments import check_alike, check_disjoint, unlike_layouts
 
 pytestmark = pytest.mark.skipif(backends.compiled is None, reason="the compiled part is not built")
 
@@ -107,6 +108,48 @@ def test_rows_follow_what_moves(module):
     assert not known.refresh(first, (), True, True)
 
 
+def test_lists_that_a_kernel_can_walk_through_together():
+    """The compiled answer is yes, or the checks in Python have an objection, and the other way."""
+    memory = numbers(40)
+    a, b, c = ([memory[i : i + 6], numbers(2, 3, seed=i)] for i in (0, 10, 20))
+    turned = numbers(3, 2).t()
+    lazy = torch.complex(c[0], c[0]).conj().imag
+    cases = [
+        ([a, b], [c], True),
+        ([a, [b[0], b[1].clone()]], [], True),
+        ([[x[:0] for x in a]], [[x[:0] for x in a]], True),
+        ([a, b], [a], False),
+        ([a, [a[0], b[1]]], [], False),
+        ([[memory[:6], memory[5:7]]], [], False),
+        ([a], [c[:1]], False),
+        ([a], [[c[0], numbers(3, 2)]], False),
+        ([a], [[c[0], turned]], False),
+        ([[a[0], turned]], [[c[0], numbers(3, 2, seed=9).t()]], True),
+        ([[memory[::2]]], [], False),
+        ([[memory[:1].expand(4)]], [], False),
+        ([a], [[lazy, c[1]]], False),
+        ([[x.double() for x in a]], [c], False),
+        ([[x.int() for x in a]], [], False),
+        ([[on(MAIA, x) for x in a]], [[on(MAIA, x) for x in c]], True),
+        ([[on(MAIA, x) for x in a]], [c], False),
+        ([a], [[c[0], on(HIP, c[1])]], False),
+        ([[a[0], 3.0]], [], False),
+        ([[]], [], False),
+    ]
+    for i, (written, read, right) in enumerate(cases):
+        assert backends.compiled.alike(written, read) == right, i
+        w, r = (
+            {f"{kind}{j}": x for j, x in enumerate(xs)} for kind, xs in zip("wr", (written, read))
+        )
+        try:
+            check_alike("op", **w, **r)
+            check_disjoint("op", w, r)
+            told = unlike_layouts(**w, **r) is None and written != [[]]
+        except (TypeError, ValueError):
+            told = False
+        assert told == right, i
+
+
 # ---- plans --------------------------------------------------------------------------------------
 
 
@@ -114,10 +157,15 @@ def test_rows_follow_what_moves(module):
 def asked(monkeypatch):
     """Launches of the backend "cuda", which compute nothing: addresses that each of them was given,
     of parameters and gradients."""
-    found = []
+
+    class Launches(list):
+        aligned: bool
+
+    found = Launches()
 
     def launched(launch, *args):
         found.append([None if x is None else x.tolist() for x in (launch.qs, launch.gs)])
+        found.aligned = launch.aligned
 
     kernels = SimpleNamespace(
         chunk=lambda: 2048,
@@ -157,6 +205,10 @@ def test_a_plan_launches_on_the_addresses_of_the_step(asked, monkeypatch, compil
     space.kick_(0.3)
     space.drift_(0.1)
     assert asked[2:] == [[None, *places([None, *grads[1:]])], [*places(params), None]]
+    assert asked.aligned
+    params[1].grad = numbers(7)[1:].view(2, 3)
+    space.kick_(0.5)
+    assert not asked.aligned and asked.pop()[1][1] == params[1].grad.data_ptr()
     # Laid out otherwise: a copy, which nobody else has.
     params[1].grad = grads[1].t().contiguous().t()
     space.kick_(0.7)

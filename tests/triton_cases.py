@@ -233,6 +233,18 @@ def test_phase_step_bits(dtype: torch.dtype, wide: torch.dtype, mass: str, numbe
     assert math.isclose(runs[0][2], runs[1][2], rel_tol=1e-12)
 
 
+def test_what_a_replay_counts_is_added_to_the_key() -> None:
+    """The kernel reads it on the device: a replayed CUDA graph rounds with other random bits."""
+    runs = []
+    for counted, key in ((0, 5), (2**62 + 12345, 5 - 2**62 - 12345), (0, 6)):
+        q, p = [normal(700, torch.bfloat16, 0)], [normal(700, torch.float32, 1)]
+        plan = device_plans.PhasePlan(phase_space, q, p, [1.0], [])
+        plan._zero.fill_(counted)
+        plan.step(None, (), False, True, 0.0, 1.0, 0.01, key)
+        runs.append(q)
+    assert same_bits(runs[0], runs[1]) and not same_bits(runs[0], runs[2])
+
+
 @pytest.mark.parametrize("mass, own", [("numbers", None), ("tensors", 3)])  # own: another s
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_grid_step_bits(dtype: torch.dtype, mass: str, own: int | None) -> None:
