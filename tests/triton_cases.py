@@ -294,6 +294,14 @@ def test_grid_step_bits(dtype: torch.dtype, mass: str, own: int | None) -> None:
         c[-1][-1] = 2**62 - 1  # a coordinate leaves, no increment
         edge = [None if x is None else torch.full_like(x, -1e-3) for x in grads]
         assert not step(True, False, False, 0.1, 0.0, 0.5, grads=edge)[1]
+        for x in c:
+            x.zero_()
+        c[-1][-1] = (
+            1000 if float(inv_mass[-1].view(-1)[-1] if mass == "tensors" else 1) > 0 else -1000
+        )
+        for room in (2**20, 1):  # a position leaves, no increment
+            b[-1][-1] = 2**62 - room
+            assert step(False, True, False, 0.0, 1.0, 0.5)[1] == (room > 1)
         runs.append((mid, told))
     assert same_bits(runs[0][0], runs[1][0])
     for (sum_a, _, k_a), (sum_b, _, k_b) in zip(runs[0][1], runs[1][1], strict=True):
