@@ -39,8 +39,9 @@ class PhaseSpace:
 
     The plan keeps the momenta and a table of addresses, so that a step costs the host little beyond
     the reading of `.grad`, on every device. Addresses are read anew at each step: `.grad` may be
-    another tensor, or the parameter's data may have moved; a GPU gets those that have changed. A parameter of another shape, dtype, device or memory
-    layout than when the plan was made is an error.
+    another tensor, or the parameter's data may have moved; a GPU gets those that have changed. A
+    parameter of another shape, dtype, device or memory layout than when the plan was made is an
+    error.
 
     With exact=True a walk can be taken back to the last bit. q and p live on grids of integers,
 
