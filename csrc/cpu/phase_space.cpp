@@ -21,6 +21,21 @@ constexpr int kLanes = 8;
 template <class T>
 using Lanes = Vec<T, kLanes>;
 
+// n < kLanes elements: a call of memcpy would take longer.
+template <class T>
+GTI_INLINE void copy_tail(T* to, const T* from, int64_t n) {
+  static_assert(kLanes == 8);
+  if (n & 4) {
+    std::memcpy(to, from, 4 * sizeof(T));
+    to += 4, from += 4;
+  }
+  if (n & 2) {
+    std::memcpy(to, from, 2 * sizeof(T));
+    to += 2, from += 2;
+  }
+  if (n & 1) *to = *from;
+}
+
 // ---- stochastic rounding
 // -------------------------------------------------------------------------
 
@@ -111,16 +126,15 @@ GTI_INLINE double advance(Q* q, P* p, const Q* grad, const P* w, const Factors<C
     step(drifts ? q + i : nullptr, p + i, kicks ? grad + i : nullptr, w ? w + i : nullptr);
   }
   if (i < n) {  // the tail, padded with zeros
-    const size_t q_bytes = (n - i) * sizeof(Q), p_bytes = (n - i) * sizeof(P);
     Q q_t[kLanes] = {}, g_t[kLanes] = {};
     P p_t[kLanes] = {}, w_t[kLanes] = {};
-    if (drifts) std::memcpy(q_t, q + i, q_bytes);
-    std::memcpy(p_t, p + i, p_bytes);
-    if (kicks) std::memcpy(g_t, grad + i, q_bytes);
-    if (w) std::memcpy(w_t, w + i, p_bytes);
+    if (drifts) copy_tail(q_t, q + i, n - i);
+    copy_tail(p_t, p + i, n - i);
+    if (kicks) copy_tail(g_t, grad + i, n - i);
+    if (w) copy_tail(w_t, w + i, n - i);
     step(q_t, p_t, g_t, w ? w_t : nullptr);
-    if (drifts) std::memcpy(q + i, q_t, q_bytes);
-    if (kicks) std::memcpy(p + i, p_t, p_bytes);
+    if (drifts) copy_tail(q + i, q_t, n - i);
+    if (kicks) copy_tail(p + i, p_t, n - i);
   }
   return f.energy * lane_sum<double, kLanes>(sum);
 }
@@ -271,17 +285,17 @@ GTI_INLINE Partial grid_advance(T* q, const T* remainder, int64_t* Q, int64_t* P
     T q_t[kLanes], r_t[kLanes] = {}, g_t[kLanes] = {};
     int64_t Q_t[kLanes] = {}, P_t[kLanes] = {};
     double w_t[kLanes] = {};
-    if (remainder) std::memcpy(r_t, remainder + i, rest * sizeof(T));
-    std::memcpy(Q_t, Q + i, rest * sizeof(int64_t));
-    std::memcpy(P_t, P + i, rest * sizeof(int64_t));
-    if (kicks) std::memcpy(g_t, grad + i, rest * sizeof(T));
-    if (w) std::memcpy(w_t, w + i, rest * sizeof(double));
+    if (remainder) copy_tail(r_t, remainder + i, rest);
+    copy_tail(Q_t, Q + i, rest);
+    copy_tail(P_t, P + i, rest);
+    if (kicks) copy_tail(g_t, grad + i, rest);
+    if (w) copy_tail(w_t, w + i, rest);
     const auto before = checksum;
     step(q_t, r_t, Q_t, P_t, g_t, w ? w_t : nullptr);
     for (int64_t l = rest; l < kLanes; ++l) checksum[l] = before[l];
-    if (drifts) std::memcpy(q + i, q_t, rest * sizeof(T));
-    if (drifts) std::memcpy(Q + i, Q_t, rest * sizeof(int64_t));
-    if (kicks) std::memcpy(P + i, P_t, rest * sizeof(int64_t));
+    if (drifts) copy_tail(q + i, q_t, rest);
+    if (drifts) copy_tail(Q + i, Q_t, rest);
+    if (kicks) copy_tail(P + i, P_t, rest);
   }
   uint64_t bits = 0;
   for (int l = 0; l < kLanes; ++l) bits |= outside[l];
