@@ -111,12 +111,16 @@ def obstacle(op: str, backend: str, device: torch.device, limits: dict[str, str]
     return limits.get(backend)
 
 
+def check_name(op: str, backend: str) -> None:
+    if backend not in NAMES:
+        raise ValueError(f"{op}: backend must be one of {', '.join(NAMES)}; got {backend!r}")
+
+
 def choose(op: str, device: torch.device, backend: str, limits: dict[str, str]) -> str:
     """The backend that runs this call. Raises where a named one cannot, and says why."""
     if backend == "auto":
         return preference(op, device, limits).backend
-    if backend not in NAMES:
-        raise ValueError(f"{op}: backend must be one of {', '.join(NAMES)}; got {backend!r}")
+    check_name(op, backend)
     reason = obstacle(op, backend, device, limits)
     if reason is not None:
         raise RuntimeError(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .conventions import compute_dtype
+from .ops.arguments import finite
 from .ops.library import is_plain_eager, without_transforms
 from .ops.power_iteration import power_iteration, start_from
 
@@ -47,6 +48,8 @@ def spectral_norm(
     - u and v are replaced, never written: a graph may hold them, and the module may be used many
       times before backward. So a captured CUDA graph, and replicas of nn.DataParallel, do not pass
       new vectors on.
+    - W/σ is kept for backward and must not be written before it, as the max_norm of nn.Embedding
+      does.
     - The start vector at registration comes from a counter, not from torch's generator.
 
     Args:
@@ -97,6 +100,8 @@ class SpectralNorm(nn.Module):
         self, weight: Tensor, n_power_iterations: int = 1, dim: int = 0, eps: float = 1e-12
     ) -> None:
         super().__init__()
+        if not isinstance(dim, int):
+            raise TypeError(f"spectral_norm: dim must be an integer, got {dim!r}")
         if not -weight.ndim <= dim < weight.ndim:
             raise IndexError(
                 f"spectral_norm: dim must be in [{-weight.ndim}, {weight.ndim - 1}] for a weight "
@@ -107,7 +112,14 @@ class SpectralNorm(nn.Module):
                 f"spectral_norm: n_power_iterations must be an integer >= 1, got "
                 f"{n_power_iterations!r}"
             )
-        self.n_power_iterations, self.eps, self.dim = n_power_iterations, eps, dim % weight.ndim
+        if weight.numel() == 0:
+            raise ValueError(
+                f"spectral_norm: the weight must have elements, got shape {tuple(weight.shape)}"
+            )
+        self.n_power_iterations, self.dim = n_power_iterations, dim % weight.ndim
+        self.eps = finite("spectral_norm", "eps", eps)
+        if self.eps < 0:
+            raise ValueError(f"spectral_norm: eps must be at least 0, got {eps!r}")
         if weight.ndim > 1:
             first = power_iteration(_matrix(weight.detach(), self.dim), max_steps=_FIRST_STEPS)
             self.register_buffer("_u", first.u[:, 0])
@@ -120,6 +132,11 @@ class SpectralNorm(nn.Module):
         passes = self.n_power_iterations + 1 if self.training else 1
         plain, function = is_plain_eager(), _Normalized
         if not torch.compiler.is_compiling():  # which takes only the plainest form
+            if torch._C._get_tracing_state() is not None:
+                raise RuntimeError(
+                    "spectral_norm: torch.jit.trace would take σ for a constant. Use torch.export, "
+                    "or torch.nn.utils.parametrize.remove_parametrizations before tracing"
+                )
             function = _NormalizedEager if plain else _NormalizedTransformed
         out, u, v, sigma = function.apply(weight, self._v, passes, self.eps, self.dim)
         if self.training:
@@ -132,8 +149,15 @@ class SpectralNorm(nn.Module):
                 known = sigma.detach() == sigma.detach()  # not NaN
                 u = without_transforms(torch.where(known, u, self._u))
                 v = without_transforms(torch.where(known, v, self._v))
+            if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
+                with torch.inference_mode(False):  # load_state_dict could not write them
+                    u, v = u.clone(), v.clone()
             self._buffers["_u"], self._buffers["_v"] = u, v
         return out
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """The W that module.weight = weight stores: the weight itself, as in torch."""
+        return weight
 
 
 def _matrix(weight: Tensor, dim: int) -> Tensor:
@@ -164,25 +188,33 @@ class _Normalized(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        """(G − (⟨G, W/σ⟩ u − σ ∂L/∂σ u − (1 − u uᵀ) ∂L/∂u) vᵀ)/σ; G where σ ≤ eps."""
-        grad, grad_u, _, grad_sigma = grads
-        normalized, u, v, sigma = ctx.saved_tensors
-        divisor = _divisor(sigma, ctx.eps)
-        inner = 0.0 if grad is None else _dot(grad, normalized, sigma.dtype)
-        if grad_sigma is not None:
-            inner = inner - divisor * grad_sigma
-        along_v = inner * u
-        if grad_u is not None:  # only of a second derivative
-            along_v = along_v - (grad_u - (u * grad_u).sum() * u)
-        along_v = along_v * (sigma > ctx.eps)
-        column, row = _outer_factors(along_v, v, normalized.shape, ctx.dim)
-        if grad is None:
-            out = -column * row
-        else:
-            out = torch.addcmul(grad.to(u.dtype), column, row, value=-1)
-        # Where this is recorded for another derivative nothing is written in place.
-        out = out / divisor if torch.is_grad_enabled() else out.div_(divisor)
-        return out.to(normalized.dtype), None, None, None, None
+        return _gradient(ctx.saved_tensors, ctx.eps, ctx.dim, grads), None, None, None, None
+
+
+def _gradient(
+    saved: tuple[Tensor, ...], eps: float, dim: int, grads: tuple[Tensor | None, ...]
+) -> Tensor:
+    """(G − (⟨G, W/σ⟩ u − σ ∂L/∂σ u − (1 − u uᵀ) ∂L/∂u) vᵀ)/σ; G where σ ≤ eps."""
+    grad, grad_u, _, grad_sigma = grads
+    normalized, u, v, sigma = saved
+    if grad is not None and grad.is_sparse:  # of nn.Embedding(sparse=True)
+        grad = grad.to_dense()
+    divisor = _divisor(sigma, eps)
+    inner = 0.0 if grad is None else _dot(grad, normalized, sigma.dtype)
+    if grad_sigma is not None:
+        inner = inner - divisor * grad_sigma
+    along_v = inner * u
+    if grad_u is not None:  # only of a second derivative
+        along_v = along_v - (grad_u - (u * grad_u).sum() * u)
+    along_v = along_v * (sigma > eps)
+    column, row = _outer_factors(along_v, v, normalized.shape, dim)
+    if grad is None:
+        out = -column * row
+    else:
+        out = torch.addcmul(grad.to(u.dtype), column, row, value=-1)
+    # Where this is recorded for another derivative nothing is written in place.
+    out = out / divisor if torch.is_grad_enabled() else out.div_(divisor)
+    return out.to(normalized.dtype)
 
 
 class _NormalizedEager(_Normalized):
@@ -199,19 +231,31 @@ class _NormalizedEager(_Normalized):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad, *others = grads
-        normalized, u, v, sigma = ctx.saved_tensors
-        readable = sigma.device.type == "cpu" and ctx.dim == 0 and u.dtype == normalized.dtype
-        first = not torch.is_grad_enabled() and all(g is None for g in others)
-        if grad is None or not (first and readable and is_plain_eager()) or _is_batched(grad):
-            return _Normalized.backward(ctx, *grads)
-        value = sigma.item()
-        if value <= ctx.eps:
-            return grad, None, None, None, None
-        inner = torch.dot(grad.reshape(-1), normalized.reshape(-1)).item()
-        matrix = grad.reshape(u.shape[0], -1)
-        out = torch.addr(matrix, u.view(-1), v.view(-1), beta=1 / value, alpha=-inner / value)
-        return out.view(normalized.shape), None, None, None, None
+        saved = ctx.saved_tensors  # once: a checkpoint gives them but once
+        return _gradient_at_once(saved, ctx.eps, ctx.dim, grads), None, None, None, None
+
+
+def _gradient_at_once(
+    saved: tuple[Tensor, ...], eps: float, dim: int, grads: tuple[Tensor | None, ...]
+) -> Tensor:
+    """`_gradient`, on the CPU by way of Python's floats and written once."""
+    grad, *others = grads
+    normalized, u, v, sigma = saved
+    readable = sigma.device.type == "cpu" and dim == 0 and u.dtype == normalized.dtype
+    first = not torch.is_grad_enabled() and all(g is None for g in others)
+    if grad is None or not (first and readable and is_plain_eager()):
+        return _gradient(saved, eps, dim, grads)
+    if grad.is_sparse or _is_batched(grad):
+        return _gradient(saved, eps, dim, grads)
+    value = sigma.item()
+    if value <= eps:
+        return grad
+    inner = torch.dot(grad.reshape(-1), normalized.reshape(-1)).item()
+    beta, alpha = 1 / value, -inner / value
+    if max(beta, abs(alpha)) > torch.finfo(u.dtype).max:  # addr refuses such a scalar
+        return _gradient(saved, eps, dim, grads)
+    out = torch.addr(grad.reshape(u.shape[0], -1), u.view(-1), v.view(-1), beta=beta, alpha=alpha)
+    return out.view(normalized.shape)
 
 
 class _NormalizedTransformed(_Normalized):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from . import backends
 from .ops.arguments import finite
 from .ops.library import without_transforms
 from .ops.power_iteration import SingularTriples, _check_settings, sigma_with_vectors, start_from
@@ -38,7 +39,9 @@ class SpectralPenalty:
             `every` to keep its mean.
         layers: which weights. None: all. Names, of weights ("encoder.0.weight") or of modules (all
             within); or a predicate of the weight's name and the module that holds it:
-            `lambda name, module: isinstance(module, torch.nn.Conv2d)`.
+            `lambda name, module: isinstance(module, torch.nn.Conv2d)`. They are chosen here, once:
+            a parameter that is replaced later is followed, a module that is replaced or added is
+            not.
         method, max_steps, tol, seed, backend: as in `power_iteration`.
 
     `sigmas` has the values of the last computed call by name. `state_dict` and `load_state_dict`
@@ -79,7 +82,8 @@ class SpectralPenalty:
         self.target = finite("SpectralPenalty", "target", target)
         if not isinstance(every, int) or every < 1:
             raise ValueError(f"SpectralPenalty: every must be an integer >= 1, got {every!r}")
-        _check_settings(method, max_steps, tol, seed)
+        _check_settings(1, method, max_steps, tol, seed)
+        backends.check_name("SpectralPenalty", backend)
         self.every = every
         self.settings = (method, max_steps, tol)
         self.seed, self.backend = seed, backend
@@ -181,6 +185,11 @@ def _places(model: nn.Module) -> dict[str, Place]:
 def _select(places: dict[str, Place], layers: Layers) -> dict[str, Place]:
     if layers is None:
         chosen = places
+    elif isinstance(layers, (type, nn.Module)) or not isinstance(layers, (Callable, Iterable)):
+        raise TypeError(
+            f"SpectralPenalty: layers must be names or a predicate, got {layers!r}. For those of a "
+            f"type pass lambda name, module: isinstance(module, torch.nn.Conv2d)"
+        )
     elif callable(layers):
         chosen = {name: place for name, place in places.items() if layers(name, place[0])}
     else:

@@ -119,6 +119,7 @@ py::object run(py::handle weights, py::handle start, int k, std::string_view met
     if (!starts.empty()) {
       const View& v = starts[i];
       if (v.dtype != compute || v.count != batch * n * k || !is_contiguous(v)) return py::none();
+      if (v.ndim > 1 && (v.shape[v.ndim - 2] != n || v.shape[v.ndim - 1] != k)) return py::none();
       out.items[i].start = v.data;
     }
     out.total += batch;

@@ -25,13 +25,13 @@ class SingularTriples(Result):
     """Result of `power_iteration`, detached. Leading axes "…" are those of a batched tensor, or [L]
     for a list of L weights (then u and v are lists)."""
 
-    sigma = Field()  #: […, k], descending
+    sigma = Field()  #: […, k], descending up to rounding
     u = Field()  #: […, m, k] left singular vectors, orthonormal columns
     v = Field()  #: […, n, k] right singular vectors, orthonormal columns
     residual = Field()  #: […, k]  ‖WᵀWv − θv‖ / θ₁, θ = vᵀWᵀWv
     steps = Field()  #: […] int64, passes over W
     converged = Field()  #: […] bool, all residuals ≤ tol
-    upper = Field()  #: […]  min(‖W‖_F, √(‖W‖₁‖W‖_∞)) ≥ σ₁
+    upper = Field()  #: […]  min(‖W‖_F, √(‖W‖₁‖W‖_∞)) ≥ σ₁; of subnormal numbers to a unit
 
 
 def power_iteration(
@@ -60,8 +60,8 @@ def power_iteration(
         k: number of triples, 1 ≤ k ≤ min(m, n).
         max_steps: most passes over a matrix. tol: on the residual; 0 means exactly max_steps
             passes.
-        start: an earlier result for weights of the same shapes; its v is where the iteration
-            begins. A v that is still a singular vector, but no longer that of the largest σ (a
+        start: an earlier result for weights of the same shapes, on any device and of any dtype;
+            its v is where the iteration begins. A v that is still a singular vector, but no longer that of the largest σ (a
             step along u vᵀ does that), has no residual and is not left. Otherwise v is random from
             `seed` and the number of the matrix.
         backend: "auto", "reference", "cpu" (k ≤ 16), "triton" or "cuda" (k ≤ 8); see
@@ -83,17 +83,18 @@ def power_iteration(
     >>> round(float(r.sigma), 4), bool(r.converged)
     (3.0, True)
     """
-    usual = type(k) is int and (start is None or isinstance(start, SingularTriples))
+    usual = type(k) is type(max_steps) is type(seed) is int and type(tol) in (float, int)
+    usual = usual and (start is None or isinstance(start, SingularTriples))
     if usual and backend in ("auto", "cpu") and is_plain_eager():
         out = _on_cpu(weights, start and start.v, k, method, max_steps, tol, seed)
         if out is not None:
             return SingularTriples.from_kernel(*out)
-    _check_settings(method, max_steps, tol, seed)
+    _check_settings(k, method, max_steps, tol, seed)
     ws, batched = _weight_list(weights)
     with torch.no_grad():
         starts = _starts(start, ws, batched, k)
-        options = (batched, k, method, max_steps, float(tol), starts, seed, backend)
-        if is_plain_eager():
+        options = (batched, k, method, max_steps, float(tol), starts, _int64(seed), backend)
+        if is_plain_eager() and not ws[0].is_meta:
             out = _power_iteration(ws, *options)
         else:
             refuse_derivative("power_iteration", ws, "Use gti_kernels.top_singular_values")
@@ -154,10 +155,11 @@ def sigma_with_vectors(
     backend: str,
 ) -> tuple[Tensor, ...]:
     """σ [M, k], differentiable, then u and v of each weight, detached: for a next start."""
-    _check_settings(method, max_steps, tol, seed)
+    _check_settings(k, method, max_steps, tol, seed)
+    backends.check_name("power_iteration", backend)
     ws, batched = _weight_list(weights)
     starts = _starts(start, ws, batched, k)
-    options = (batched, k, method, max_steps, float(tol), seed, backend, len(ws))
+    options = (batched, k, method, max_steps, float(tol), _int64(seed), backend, len(ws))
     # A Function with a jvp breaks fullgraph compilation, so the compiler sees one without.
     function = _Sigma if torch.compiler.is_compiling() else _SigmaForward
     return function.apply(options, *ws, *starts)
@@ -169,15 +171,24 @@ def start_from(v: Tensor | Sequence[Tensor]) -> SingularTriples:
     return SingularTriples(nothing, nothing, v, nothing, nothing, nothing, nothing)
 
 
-def _check_settings(method: str, max_steps: int, tol: float, seed: int) -> None:
+def _check_settings(k: int, method: str, max_steps: int, tol: float, seed: int) -> None:
+    if type(k) is not int or k < 1:
+        raise ValueError(f"power_iteration: k must be an integer >= 1, got {k!r}")
     if method not in ("cg", "power"):
         raise ValueError(f"power_iteration: method must be 'cg' or 'power', got {method!r}")
-    if not isinstance(max_steps, int) or max_steps < 1:
-        raise ValueError(f"power_iteration: max_steps must be an integer >= 1, got {max_steps!r}")
-    if not (isinstance(tol, (int, float)) and math.isfinite(tol) and tol >= 0):
+    if not isinstance(max_steps, int) or not 1 <= max_steps < 2**63:
+        raise ValueError(
+            f"power_iteration: max_steps must be an integer >= 1 and < 2**63, got {max_steps!r}"
+        )
+    if not (isinstance(tol, (int, float)) and 0 <= tol < math.inf):
         raise ValueError(f"power_iteration: tol must be finite and at least 0, got {tol!r}")
     if not isinstance(seed, int):
         raise TypeError(f"power_iteration: seed must be an integer, got {seed!r}")
+
+
+def _int64(seed: int) -> int:
+    """The seed modulo 2⁶⁴, signed."""
+    return (seed + 2**63) % 2**64 - 2**63
 
 
 def _weight_list(weights: Tensor | Sequence[Tensor]) -> tuple[list[Tensor], bool]:
@@ -188,6 +199,11 @@ def _weight_list(weights: Tensor | Sequence[Tensor]) -> tuple[list[Tensor], bool
         raise ValueError("power_iteration: weights must not be an empty list")
     check_float_tensors("power_iteration", weights=ws)
     for i, w in enumerate(ws):
+        if w.is_nested:
+            raise TypeError(
+                f"power_iteration: weights[{i}] must be a dense tensor, got a nested tensor. Pass "
+                f"the list of its parts, .unbind()"
+            )
         if w.ndim < 2:
             raise ValueError(
                 f"power_iteration: weights[{i}] must have at least 2 dims, got shape "
@@ -219,12 +235,13 @@ def _starts(start: SingularTriples | None, ws: list[Tensor], batched: bool, k: i
     out = []
     for i, (v, w) in enumerate(zip(vs, ws)):
         b, _, n = _sizes(w, batched)
-        if v.numel() != b * n * k:
+        if v.numel() != b * n * k or (v.ndim > 1 and v.shape[-2:] != (n, k)):
             raise ValueError(
                 f"power_iteration: start.v[{i}] must hold {k} vectors of length {n} for each of "
                 f"{b} matrices, got shape {tuple(v.shape)}"
             )
-        out.append(v.detach().reshape(b, n, k).to(compute_dtype(w.dtype)).contiguous())
+        v = v.detach().reshape(b, n, k).to(w.device, compute_dtype(w.dtype))
+        out.append(v.contiguous())
     return out
 
 
@@ -250,6 +267,7 @@ def limits_of_power_iteration(
 
 def note(
     backend: str,
+    /,
     weights: Tensor | Sequence[Tensor],
     *,
     k: int = 1,
@@ -257,9 +275,11 @@ def note(
     max_steps: int = 200,
     tol: float = 1e-4,
     start: SingularTriples | None = None,
+    seed: int = 0,
     **_: Any,
 ) -> str:
     """Where a call starts from, for `explain`."""
+    _check_settings(k, method, max_steps, tol, seed)
     ws, batched = _weight_list(weights)
     if backend != "cpu":
         return ""
@@ -292,6 +312,7 @@ def _power_iteration(
     steps, converged and upper [M] of M matrices."""
     device, limits = limits_of_power_iteration(weights[0] if batched else list(weights), k=k)
     chosen = backends.choose("power_iteration", device, backend, limits)
+    weights = [w.clone() if w._is_zerotensor() else w for w in weights]  # zeros without memory
     flat = [w.reshape(_sizes(w, batched)).contiguous().resolve_neg() for w in weights]
     if chosen == "cpu":
         ws = flat[0] if batched else [w[0] for w in flat]
@@ -365,7 +386,8 @@ class _Sigma(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_sigma: Tensor, *_: Tensor) -> tuple[Any, ...]:
         count = len(ctx.counts)
-        us, vs = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        saved = ctx.saved_tensors  # once: a checkpoint gives them but once
+        us, vs = saved[:count], saved[count:]
         grads: list[Tensor | None] = []
         wanted = ctx.needs_input_grad[1:]
         sigmas = grad_sigma.split(ctx.counts)
@@ -386,7 +408,8 @@ class _SigmaForward(_Sigma):
     @staticmethod
     def jvp(ctx: Any, _options: None, *tangents: Tensor | None) -> tuple[Any, ...]:
         count = len(ctx.counts)
-        us, vs = ctx.saved_tensors[:count], ctx.saved_tensors[count:]
+        saved = ctx.saved_tensors
+        us, vs = saved[:count], saved[count:]
         real = _result_dtype(list(us))
         parts = []
         for u, v, t, (shape, _) in zip(us, vs, tangents, ctx.like):

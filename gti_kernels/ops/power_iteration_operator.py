@@ -78,7 +78,8 @@ def power_iteration_operator(
     >>> round(float(r.sigma), 4), bool(r.converged)
     (1.0, True)
     """
-    _check_settings(method, max_steps, tol, seed)
+    _check_settings(k, method, max_steps, tol, seed)
+    _check_functions(matvec, rmatvec)
     batch, m, n = _check_shape(shape, k)
     if rmatvec is None and m != n:
         raise ValueError(
@@ -93,6 +94,10 @@ def power_iteration_operator(
             f"out"
         )
     like = torch.empty((), dtype=dtype, device=device)
+    if like.is_meta:
+        raise ValueError(
+            "power_iteration_operator: device must be one that holds numbers, got meta"
+        )
     v0 = _start_vectors(start, batch, m, n, k, seed, like)
     u, v, sigma, residual, steps, converged = _in_lockstep(
         matvec, rmatvec, v0, batch, m, method, max_steps, float(tol)
@@ -108,14 +113,21 @@ def power_iteration_operator(
     )
 
 
+def _check_functions(matvec: Product, rmatvec: Product | None) -> None:
+    for name, function in (("matvec", matvec), ("rmatvec", rmatvec)):
+        if not callable(function) and (name, function) != ("rmatvec", None):
+            raise TypeError(
+                f"power_iteration_operator: {name} must be a function, got "
+                f"{type(function).__name__}"
+            )
+
+
 def _check_shape(shape: Sequence[int], k: int) -> tuple[tuple[int, ...], int, int]:
-    sizes = tuple(shape)
+    sizes = tuple(shape) if isinstance(shape, Sequence) else ()
     if len(sizes) < 2 or not all(isinstance(s, int) and s >= 0 for s in sizes):
-        raise ValueError(
-            f"power_iteration_operator: shape must be (..., m, n), got {tuple(shape)!r}"
-        )
+        raise ValueError(f"power_iteration_operator: shape must be (..., m, n), got {shape!r}")
     *batch, m, n = sizes
-    if not isinstance(k, int) or not 1 <= k <= min(m, n):
+    if k > min(m, n):
         raise ValueError(
             f"power_iteration_operator: k must be an integer between 1 and min(m, n) = "
             f"{min(m, n)}, got {k!r}"
@@ -136,8 +148,7 @@ def _start_vectors(
     count = math.prod(batch)
     out = like.new_empty(count, n, k)
     if start is not None:
-        shape = torch.empty(*batch, m, n, dtype=like.dtype, device="meta")
-        return out.copy_(_starts(start, [shape], True, k)[0])
+        return out.copy_(_starts(start, [like.expand(*batch, m, n)], True, k)[0])
     for b in range(count):
         out[b] = reference.start_vectors(seed, b, n, k, like.device)
     return out
@@ -208,12 +219,16 @@ def _power_of_two(y: Tensor) -> Tensor:
 
 def _product(name: str, function: Product, x: Tensor, batch: tuple[int, ...], rows: int) -> Tensor:
     """function(x) as [B, rows, k], detached and checked; x [B, n, k]."""
+    version = 0 if x.is_inference() else x._version  # an inference tensor has none
     y = function(x.view(*batch, *x.shape[1:]))
     expected = (*batch, rows, x.shape[2])
-    if not isinstance(y, Tensor):
-        raise TypeError(
-            f"power_iteration_operator: {name} must return a tensor, got {type(y).__name__}"
+    if not x.is_inference() and x._version != version:
+        raise ValueError(
+            f"power_iteration_operator: {name} must not write to its argument. Clone it first"
         )
+    if not isinstance(y, Tensor) or y.layout != torch.strided:
+        got = y.layout if isinstance(y, Tensor) else type(y).__name__
+        raise TypeError(f"power_iteration_operator: {name} must return a dense tensor, got {got}")
     if y.shape != expected:
         raise ValueError(
             f"power_iteration_operator: {name} must return shape {expected} for an argument of "
