@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from .conventions import compute_dtype
 from .ops.arguments import finite
-from .ops.library import is_plain_eager, without_transforms
+from .ops.library import is_plain_eager, refuse_compiled_transforms, without_transforms
 from .ops.power_iteration import power_iteration, start_from
 
 _is_batched = torch._C._functorch.is_legacy_batchedtensor  # of autograd.grad(is_grads_batched=True)
@@ -63,7 +63,8 @@ def spectral_norm(
 
     Returns:
         module. Works under torch.compile (fullgraph), autocast, torch.func.grad, jvp and vmap;
-        under vmap over weights the new vectors stay inside.
+        under vmap over weights the new vectors stay inside. Transforms of torch.func inside a
+        compiled function are refused: transform outside of it.
 
     Raises:
         ValueError, IndexError, TypeError: the argument, what was expected, what came.
@@ -129,6 +130,7 @@ class SpectralNorm(nn.Module):
         if weight.ndim == 1:
             norm = torch.linalg.vector_norm(weight, dtype=compute_dtype(weight.dtype))
             return weight / _divisor(norm, self.eps)
+        refuse_compiled_transforms("spectral_norm")
         passes = self.n_power_iterations + 1 if self.training else 1
         plain, function = is_plain_eager(), _Normalized
         if not torch.compiler.is_compiling():  # which takes only the plainest form

@@ -141,3 +141,8 @@ print(gti.available()["cpu"])
         out.strip()
         == "the compiled part does not load: libgomp.so.1: cannot open shared object file"
     )
+
+
+def test_explain_takes_the_arguments_of_the_op():
+    told = gti.explain("power_iteration", torch.ones(3, 4), backend="reference", seed=3, k=2)
+    assert "0 of 1 matrices" in told.note or told.backend != "cpu"

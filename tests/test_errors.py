@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -417,6 +418,51 @@ CASES = [
         lambda t, **b: gti.top_singular_values(t.square, k=9, **b),
     ),
     ("explain", ValueError, "op must.*kick", lambda t, **b: gti.explain("kick", t.a)),
+    (
+        "power_iteration",
+        ValueError,
+        "tol must",
+        lambda t, **b: gti.explain("power_iteration", t.square, tol="x"),
+    ),
+    (
+        "power_iteration",
+        TypeError,
+        "nested tensor",
+        lambda t, **b: gti.power_iteration(torch.nested.nested_tensor([t.square]), **b),
+    ),
+    (
+        "power_iteration",
+        ValueError,
+        "start.*length 4",  # as many numbers, but other vectors
+        lambda t, **b: gti.power_iteration(
+            t.square, start=gti.power_iteration(torch.ones(2, 2), k=2), **b
+        ),
+    ),
+]
+
+
+def of_both(setting: dict):
+    """The calls with a setting that differs, of power_iteration and of top_singular_values."""
+    return [
+        lambda t, **b: gti.power_iteration(t.square, **{**b, **setting}),
+        lambda t, **b: gti.top_singular_values(t.square, **{**b, **setting}),
+    ]
+
+
+CASES += [
+    ("power_iteration", error, words, call)
+    for setting, error, words in [
+        ({"k": True}, ValueError, "k must be an integer >= 1, got True"),
+        ({"k": "2"}, ValueError, "k must be an integer >= 1, got '2'"),
+        ({"k": np.int64(2)}, ValueError, "k must be an integer"),
+        ({"max_steps": 2**63}, ValueError, "max_steps must be an integer"),
+        ({"max_steps": np.int64(5)}, ValueError, "max_steps must be an integer"),
+        ({"tol": torch.tensor(1e-4)}, ValueError, "tol must be finite"),
+        ({"tol": np.float32(1e-4)}, ValueError, "tol must be finite"),
+        ({"seed": np.int64(3)}, TypeError, "seed must be an integer"),
+        ({"backend": 3}, ValueError, "backend must be one of"),
+    ]
+    for call in of_both(setting)
 ]
 
 

@@ -555,3 +555,26 @@ def test_steps_after_convergence_do_no_harm(backend, dtype):
     eps = torch.finfo(dtype).eps
     assert ((r.sigma - sigma[:5]).abs() < 100 * eps).all()
     assert (r.v.mT @ r.v - torch.eye(5, dtype=r.v.dtype)).abs().max() < 300 * eps
+
+
+def test_shapes_on_the_meta_device():
+    r = gti.power_iteration([torch.empty(4, 3, 2, device="meta"), torch.empty(3, 5, device="meta")])
+    assert r.sigma.shape == (2, 1) and r.v[0].shape == (6, 1) and r.u[1].is_meta
+
+
+def test_a_zero_without_memory():
+    assert float(gti.power_iteration(torch._efficientzerotensor(3, 4)).sigma) == 0.0
+
+
+@every_backend
+def test_a_start_of_another_dtype_and_seeds_of_any_size(backend):
+    w = numbers(6, 4)
+    first = gti.power_iteration(w, tol=1e-3)
+    for start in (first._replace(v=first.v.float()), first._replace(v=first.v.half())):
+        r = gti.power_iteration(w, start=start, tol=1e-2, backend=backend)
+        assert int(r.steps) == 1 and r.v.dtype == torch.float64
+    same = [
+        gti.top_singular_values(w, seed=seed, max_steps=2, backend=backend)
+        for seed in (-1, 2**64 - 1, 2**70 - 1)
+    ]
+    assert torch.equal(same[0], same[1]) and torch.equal(same[0], same[2])

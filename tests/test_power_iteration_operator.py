@@ -379,8 +379,19 @@ CALLS = {
         (lambda x: 1.0, transpose, (5, 4)),
         {},
         TypeError,
-        "must return a tensor, got fl",
+        "must return a dense tensor, got fl",
     ),
+    "sparse": (
+        (lambda x: product(x).to_sparse(), transpose, (5, 4)),
+        {},
+        TypeError,
+        "matvec must return a dense tensor, got torch.sparse_coo",
+    ),
+    "no function": ((None, transpose, (5, 4)), {}, TypeError, "matvec must be a function, got N"),
+    "a matrix": ((product, W.T, (5, 4)), {}, TypeError, "rmatvec must be a function, got Tensor"),
+    "shape of a number": ((product, transpose, 5), {}, ValueError, "shape must be .*, got 5"),
+    "k of a bool": ((product, transpose, (5, 4)), {"k": True}, ValueError, "k must be"),
+    "meta": ((product, transpose, (5, 4)), {"device": "meta"}, ValueError, "that holds numbers"),
     "device": (
         (lambda x: product(x).to("meta"), transpose, (5, 4)),
         {},
@@ -417,6 +428,14 @@ def test_a_transpose_that_is_none(seed):
             gti.power_iteration_operator(lambda x: w @ x, rmatvec, (12, 12), dtype=w.dtype)
     with pytest.raises(ValueError, match="W is not symmetric: pass rmatvec"):
         gti.power_iteration_operator(lambda x: w @ x, None, (12, 12), dtype=w.dtype)
+
+
+def test_a_function_may_write_to_its_argument():
+    d = torch.arange(1.0, 5.0, dtype=torch.float64).unsqueeze(1)
+    r = gti.power_iteration_operator(
+        lambda x: x.mul_(d), lambda y: y.mul_(d), (4, 4), dtype=torch.float64, tol=1e-8
+    )
+    assert float(r.sigma) == pytest.approx(4.0) and bool(r.converged)
 
 
 def test_the_type_and_device_are_those_of_torch_by_default():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 
 import pytest
@@ -13,6 +14,7 @@ from torch.func import functional_call, grad, jvp, vmap
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import spectral_norm as torch_spectral_norm
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import gti_kernels as gti
 from gti_kernels import testing
@@ -181,7 +183,72 @@ def test_a_dim_of_outputs_may_be_chosen():
         assert float(top) == pytest.approx(1, abs=1e-9)
 
 
+def test_a_weight_may_be_assigned():
+    layer, w = gti.nn.spectral_norm(nn.Linear(3, 4)), numbers(4, 3).float()
+    layer.weight = w
+    assert torch.equal(original(layer), w) and isinstance(original(layer), nn.Parameter)
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_sparse_gradient(kind, dim):
+    rows, grads = torch.tensor([[1, 4, 4]]), []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        layer = gti.nn.spectral_norm(kind(6, 3, sparse=sparse), dim=dim)
+        layer(rows).square().sum().backward()
+        grads.append(original(layer).grad)
+    torch.testing.assert_close(*grads)
+    assert grads[0].layout == torch.strided
+
+
+def test_a_module_on_the_meta_device_is_given_its_state_later():
+    source = gti.nn.spectral_norm(nn.Linear(3, 4))
+    layer = gti.nn.spectral_norm(nn.Linear(3, 4, device="meta"))
+    assert norm_of(layer)._u.is_meta and layer(torch.empty(2, 3, device="meta")).shape == (2, 4)
+    layer.to_empty(device="cpu").load_state_dict(source.state_dict())
+    assert torch.equal(layer.eval().weight, source.eval().weight)
+
+
+def test_a_state_can_be_loaded_after_inference_mode():
+    layer, other = (gti.nn.spectral_norm(nn.Linear(3, 4)) for _ in range(2))
+    with torch.inference_mode():
+        layer(torch.ones(1, 3))
+    layer.load_state_dict(other.state_dict())
+    assert torch.equal(norm_of(layer)._v, norm_of(other)._v)
+
+
+def test_tracing_is_refused():
+    layer = gti.nn.spectral_norm(nn.Linear(3, 4)).eval()
+    with pytest.raises(RuntimeError, match="torch.jit.trace would take.*torch.export"):
+        torch.jit.trace(layer, torch.ones(1, 3))
+    exported = torch.export.export(layer, (torch.ones(1, 3),)).module()
+    torch.testing.assert_close(exported(torch.ones(1, 3)), layer(torch.ones(1, 3)))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_checkpoint_gives_the_same_gradient(training):
+    x, grads = numbers(2, 3), []
+    for run in (lambda f, x: f(x), functools.partial(checkpoint, use_reentrant=False)):
+        torch.manual_seed(0)
+        layer = gti.nn.spectral_norm(nn.Linear(3, 4).double()).train(training)
+        with torch.no_grad():
+            norm_of(layer)._v.copy_(torch.linalg.svd(original(layer))[2][0])
+        run(layer, x).square().sum().backward()
+        grads.append(original(layer).grad)
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("size, factor", [(1e-40, 1.0), (1e-30, 1e30)])
+def test_a_gradient_that_overflows_is_no_error(size, factor):
+    module = normed(numbers(3, 4).float() * size, eps=0.0)
+    (module.weight * factor).sum().backward()
+    assert not torch.isfinite(original(module).grad).all()
+
+
 def test_errors():
+    empty = nn.Module()
+    empty.weight = nn.Parameter(torch.ones(3, 0))
     with pytest.raises(ValueError, match="name must be that of a parameter.*Linear.*'kernel'"):
         gti.nn.spectral_norm(nn.Linear(2, 2), "kernel")
     for steps in (0, -1, 1.5):
@@ -190,6 +257,15 @@ def test_errors():
     for dim in (2, -3):
         with pytest.raises(IndexError, match=r"dim must be in \[-2, 1\]"):
             gti.nn.spectral_norm(nn.Linear(2, 2), dim=dim)
+    for dim in (1.0, "0"):
+        with pytest.raises(TypeError, match="dim must be an integer"):
+            gti.nn.spectral_norm(nn.Linear(2, 2), dim=dim)
+    with pytest.raises(TypeError, match="eps must be a float"):
+        gti.nn.spectral_norm(nn.Linear(2, 2), eps="a")
+    with pytest.raises(ValueError, match="eps must be at least 0, got -1"):
+        gti.nn.spectral_norm(nn.Linear(2, 2), eps=-1.0)
+    with pytest.raises(ValueError, match=r"must have elements, got shape \(3, 0\)"):
+        gti.nn.spectral_norm(empty)
     with pytest.raises(TypeError, match="complex64"):
         gti.nn.spectral_norm(nn.Linear(2, 2, dtype=torch.complex64))
     layer = nn.Linear(2, 2)

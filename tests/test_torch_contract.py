@@ -15,6 +15,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
+from torch.utils.checkpoint import checkpoint
 
 import gti_kernels as gti
 from gti_kernels import backends, testing
@@ -157,6 +158,64 @@ def test_inductor_compiles_an_op():
     p = numbers(5)
     compiled = torch.compile(lambda p: gti.kinetic_energy([p], inv_mass=0.5), fullgraph=True)
     assert torch.equal(compiled(p), gti.kinetic_energy(p, inv_mass=0.5))
+
+
+def test_one_compilation_serves_all_shapes():
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(top, fullgraph=True, dynamic=True, backend=counter)
+    for shape in [(5, 7), (6, 8), (9, 4), (30, 40)]:
+        w = numbers(*shape).requires_grad_()
+        (got,) = torch.autograd.grad(compiled(w), w)
+        torch.testing.assert_close(got, grad(top)(w.detach()))
+    assert counter.frame_count == 1
+
+
+def normalized(w: torch.Tensor) -> torch.Tensor:
+    return NORM(w).square().sum()
+
+
+NORM = gti.nn.SpectralNorm(numbers(4, 5)).eval()
+TRANSFORMS = {
+    "grad": lambda f: grad(f),
+    "jvp": lambda f: lambda w: jvp(f, (w,), (torch.ones_like(w),))[1],
+    "vmap": lambda f: lambda w: vmap(f)(torch.stack([w, 2 * w])),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("f", [top, normalized])
+def test_a_transform_inside_a_compiled_function_is_refused(transform, f):
+    torch.compiler.reset()
+    with pytest.raises(Exception, match="refuse_compiled_transforms"):
+        torch.compile(TRANSFORMS[transform](f), backend="eager", fullgraph=True)(numbers(4, 5))
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_a_transform_inside_a_compiled_function_is_left_to_eager_mode(transform):
+    torch.compiler.reset()
+    transformed, w = TRANSFORMS[transform](top), numbers(4, 5)
+    torch.testing.assert_close(torch.compile(transformed, backend="eager")(w), transformed(w))
+
+
+def test_forward_mode_around_a_compiled_function_is_no_silent_zero():
+    torch.compiler.reset()
+    w, compiled = numbers(4, 5), torch.compile(top, backend="eager")
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(compiled(forward_ad.make_dual(w, w))).tangent
+    torch.testing.assert_close(tangent, top(w))
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda w: gti.power_iteration(w).sigma.sum(),
+        lambda w: gti.two_form(w, w.flip(0)).omega.sum(),
+    ],
+)
+def test_an_op_without_derivative_refuses_in_a_compiled_function_too(f):
+    torch.compiler.reset()
+    with pytest.raises(Exception, match="refuse_derivative"):
+        torch.compile(grad(f), backend="eager", fullgraph=True)(numbers(4, 5))
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (3, 6, 4)])
@@ -628,3 +687,9 @@ def test_two_threads_at_once_get_right_results():
         worker.join()
     for a, b in zip(expected, got):
         assert len(a) == len(b) and all(map(torch.equal, a, b))
+
+
+def test_a_checkpoint_gives_the_same_gradient():
+    w = numbers(5, 4).requires_grad_()
+    (got,) = torch.autograd.grad(checkpoint(top, w, use_reentrant=False), w)
+    torch.testing.assert_close(got, grad(top)(w.detach()))

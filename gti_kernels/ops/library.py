@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 
 _is_compiling = torch.compiler.is_compiling
 _modes = torch._C._len_torch_dispatch_stack
+_transforms_active = torch._C._are_functorch_transforms_active
 _transform_level = torch._C._functorch.maybe_current_level
 
 LIBRARY = torch.library.Library("gti_kernels", "DEF")
@@ -50,6 +51,16 @@ def without_transforms(x: Tensor) -> Tensor:
     return x
 
 
+def refuse_compiled_transforms(op: str) -> None:
+    """Raises where torch.compile meets torch.func or forward mode, which it would trace to a silent
+    zero. Without fullgraph the compiler then leaves the call to eager mode."""
+    if _is_compiling() and (_transforms_active() or forward_ad._current_level >= 0):
+        raise RuntimeError(
+            f"{op}: torch.compile cannot trace torch.func and forward-mode autograd through it. "
+            f"Compile without fullgraph=True, or transform outside of the compiled function"
+        )
+
+
 def refuse_derivative(op: str, arguments: Iterable[Any], remedy: str) -> None:
     """Raises where a derivative through `op` is wanted: it would be silently zero."""
     if torch.is_grad_enabled():
@@ -59,8 +70,8 @@ def refuse_derivative(op: str, arguments: Iterable[Any], remedy: str) -> None:
                     f"{op} has no derivative, but an argument requires grad while gradients "
                     f"are recorded. {remedy}"
                 )
-    if torch.compiler.is_compiling():
-        return
+    if _is_compiling():
+        return refuse_compiled_transforms(op)
     if _transform_level() is not None or forward_ad._current_level >= 0:
         for t in arguments:
             if not isinstance(t, Tensor):

@@ -13,7 +13,7 @@ from .. import backends
 from ..conventions import compute_dtype
 from ..reference import power_iteration as reference
 from .arguments import check_float_tensors, subclasses, tensor_list
-from .library import is_plain_eager, refuse_derivative, register
+from .library import is_plain_eager, refuse_compiled_transforms, refuse_derivative, register
 from .results import Field, Result
 
 #: The largest k of a kernel.
@@ -61,9 +61,10 @@ def power_iteration(
         max_steps: most passes over a matrix. tol: on the residual; 0 means exactly max_steps
             passes.
         start: an earlier result for weights of the same shapes, on any device and of any dtype;
-            its v is where the iteration begins. A v that is still a singular vector, but no longer that of the largest σ (a
-            step along u vᵀ does that), has no residual and is not left. Otherwise v is random from
-            `seed` and the number of the matrix.
+            its v is where the iteration begins. (Under torch.compile(fullgraph=True), one of an
+            eager call whose v has been read once.) A v that is still a singular vector, but no
+            longer that of the largest σ (a step along u vᵀ does that), has no residual and is not
+            left. Otherwise v is random from `seed` and the number of the matrix.
         backend: "auto", "reference", "cpu" (k ≤ 16), "triton" or "cuda" (k ≤ 8); see
             `gti_kernels.explain`.
 
@@ -131,7 +132,8 @@ def top_singular_values(
     for a simple σ up to the error of u and v (first order in the residual); at a tie it is one
     element of the subdifferential. u and v are constants of the derivative: second derivatives are
     zero, not those of σ. Works with backward, torch.func.grad, vmap and jvp, and under
-    torch.compile.
+    torch.compile(fullgraph=True). Transforms of torch.func inside a compiled function are left to
+    eager mode, so not with fullgraph.
 
     >>> import torch, gti_kernels as gti
     >>> W = torch.diag(torch.tensor([3.0, 1.0])).requires_grad_()
@@ -157,6 +159,7 @@ def sigma_with_vectors(
     """σ [M, k], differentiable, then u and v of each weight, detached: for a next start."""
     _check_settings(k, method, max_steps, tol, seed)
     backends.check_name("power_iteration", backend)
+    refuse_compiled_transforms("top_singular_values")
     ws, batched = _weight_list(weights)
     starts = _starts(start, ws, batched, k)
     options = (batched, k, method, max_steps, float(tol), _int64(seed), backend, len(ws))

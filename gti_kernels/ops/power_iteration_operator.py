@@ -219,13 +219,8 @@ def _power_of_two(y: Tensor) -> Tensor:
 
 def _product(name: str, function: Product, x: Tensor, batch: tuple[int, ...], rows: int) -> Tensor:
     """function(x) as [B, rows, k], detached and checked; x [B, n, k]."""
-    version = 0 if x.is_inference() else x._version  # an inference tensor has none
-    y = function(x.view(*batch, *x.shape[1:]))
+    y = function(x.clone().view(*batch, *x.shape[1:]))  # which may write to it
     expected = (*batch, rows, x.shape[2])
-    if not x.is_inference() and x._version != version:
-        raise ValueError(
-            f"power_iteration_operator: {name} must not write to its argument. Clone it first"
-        )
     if not isinstance(y, Tensor) or y.layout != torch.strided:
         got = y.layout if isinstance(y, Tensor) else type(y).__name__
         raise TypeError(f"power_iteration_operator: {name} must return a dense tensor, got {got}")
