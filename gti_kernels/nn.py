@@ -130,10 +130,11 @@ class SpectralNorm(nn.Module):
         if weight.ndim == 1:
             norm = torch.linalg.vector_norm(weight, dtype=compute_dtype(weight.dtype))
             return weight / _divisor(norm, self.eps)
-        refuse_compiled_transforms("spectral_norm")
         passes = self.n_power_iterations + 1 if self.training else 1
         plain, function = is_plain_eager(), _Normalized
-        if not torch.compiler.is_compiling():  # which takes only the plainest form
+        if torch.compiler.is_compiling():  # which takes only the plainest form
+            refuse_compiled_transforms("spectral_norm")
+        else:
             if torch._C._get_tracing_state() is not None:
                 raise RuntimeError(
                     "spectral_norm: torch.jit.trace would take σ for a constant. Use torch.export, "

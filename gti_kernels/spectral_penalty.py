@@ -185,7 +185,9 @@ def _places(model: nn.Module) -> dict[str, Place]:
 def _select(places: dict[str, Place], layers: Layers) -> dict[str, Place]:
     if layers is None:
         chosen = places
-    elif isinstance(layers, (type, nn.Module)) or not isinstance(layers, (Callable, Iterable)):
+    elif isinstance(layers, (type, nn.Module)) or not (
+        callable(layers) or isinstance(layers, Iterable)
+    ):
         raise TypeError(
             f"SpectralPenalty: layers must be names or a predicate, got {layers!r}. For those of a "
             f"type pass lambda name, module: isinstance(module, torch.nn.Conv2d)"
