@@ -77,6 +77,10 @@ class _Plan:
         self._version = -1  # of the addresses on the device
         self._launches: dict[tuple[bool, bool], list[Launch]] = {}  # on these, by kicks and drifts
 
+    def ready(self) -> bool:
+        """Whether a kick with the parameters' `.grad` can be."""
+        return bool(self._addresses.ready())
+
     def skipped(self) -> tuple[int, ...]:
         """Places of the parameters that took no part in the last step."""
         return tuple(self._addresses.skipped())

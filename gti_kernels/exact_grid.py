@@ -99,12 +99,12 @@ class Grid:
             if grads is None:
                 grads = [q.grad for q in self.space.params]  # held: an error reads them again
             skipped = missing(grads)
-            if self._undoes_kick(kick, damp):
+            if self.space.takes_back and self._undoes_kick(kick, damp):
                 energy = self.take_back_kick(op, grads)
                 if drift is None:
                     return energy
                 kick, damp = None, 1.0
-        if kick is None and self._undoes_drift(drift):
+        if self.space.takes_back and kick is None and self._undoes_drift(drift):
             return self.take_back_drift(op)[1]
         return self._forward(op, kick, damp, drift, grads, skipped)
 
@@ -230,6 +230,12 @@ class Grid:
             self.versions = self._versions()
         return result
 
+    def check(self, op: str) -> None:
+        """Raises where a kick with the parameters' `.grad` cannot be, overflow aside."""
+        self._check_versions(op)
+        if self.plan is None or backends.compiled is None or not self.plan.ready():
+            self.space.checked(op, None, True)
+
     def scale_(self, factor: float) -> None:
         """p ← factor·p for all tensors."""
         last = self.moves.last()
@@ -284,6 +290,7 @@ class Grid:
             return [None if x is None else x.clone() for x in xs]
 
         return {
+            "dtypes": [q.dtype for q in self.space.params],
             "Q": copies(self.Q),
             "P": copies(self.P),
             "rest_q": copies(self.rest_q),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from . import backends, device_plans
 from .conventions import fan_in_inverse_mass
 from .exact_grid import Grid, missing
+from .interrupts import Uninterrupted
 from .layouts import allocate, is_dense, laid_out_like, layout, words
 from .ops.arguments import (
     check_alike,
@@ -125,6 +127,7 @@ class PhaseSpace:
         self.seed, self.backend, self.exact = int(seed), backend, bool(exact)
         self.inv_mass = self._masses(inv_mass)
         self.step_count = 0
+        self.takes_back = True  # with exact: whether a call that undoes the last move takes it back
         self._layouts = [layout(q) for q in self.params]
         dtypes = [
             momentum_dtype or (torch.float64 if q.dtype == torch.float64 else torch.float32)
@@ -147,10 +150,18 @@ class PhaseSpace:
         if not isinstance(inv_mass, str):
             mass = inv_mass_list("PhaseSpace", inv_mass, self.params)
             for i, (w, q) in enumerate(zip(mass, self.params)):
-                if isinstance(w, Tensor) and (w.shape != q.shape or w.device != q.device):
+                if not isinstance(w, Tensor):
+                    continue
+                if w.shape != q.shape or w.device != q.device:
                     raise ValueError(
                         f"PhaseSpace: inv_mass[{i}] must have shape and device of params[{i}], "
                         f"{tuple(q.shape)} on {q.device}, got {tuple(w.shape)} on {w.device}"
+                    )
+                check_float_tensors("PhaseSpace", inv_mass=[w])
+                if not w.is_meta and not bool(((w >= 0) & w.isfinite()).all()):
+                    raise ValueError(
+                        f"PhaseSpace: inv_mass[{i}] must be finite and not negative everywhere, "
+                        f"but is not"
                     )
             return mass
         if inv_mass != "fan_in":
@@ -184,7 +195,7 @@ class PhaseSpace:
         return [p.detach() for p in given]
 
     def _drawn_momenta(self) -> list[Tensor]:
-        generator = torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(self.seed % 2**63)
         drawn = []
         for i, (q, w) in enumerate(zip(self.params, self.inv_mass)):
             wide = w.detach().double().cpu() if isinstance(w, Tensor) else torch.tensor(w).double()
@@ -231,11 +242,13 @@ class PhaseSpace:
         """With exact=True: takes the last move back, which was a kick with these gradients."""
         grid = self._grid("undo_kick_")
         every = [q.grad for q in self.params] if grads is None else list(grads)
-        grid.take_back_kick("undo_kick_", every)
+        with self._whole():
+            grid.take_back_kick("undo_kick_", every)
 
     def undo_drift_(self) -> float:
         """With exact=True: takes the last move back, which was a drift; returns its step."""
-        step, _ = self._grid("undo_drift_").take_back_drift("undo_drift_")
+        with self._whole():
+            step, _ = self._grid("undo_drift_").take_back_drift("undo_drift_")
         return step
 
     def _grid(self, op: str) -> Grid:
@@ -253,7 +266,9 @@ class PhaseSpace:
 
     def scale_momenta_(self, factor: Scalar) -> None:
         """p ← factor·p. With exact=True factor must be positive: it goes into s."""
-        self._engine.scale_(self._scalar("scale_momenta_", "factor", factor))
+        factor = self._scalar("scale_momenta_", "factor", factor)
+        with self._whole():
+            self._engine.scale_(factor)
 
     def leapfrog_(
         self,
@@ -304,7 +319,12 @@ class PhaseSpace:
             drift = self._scalar(op, "drift", drift)
         if grads is not None and not isinstance(grads, list):
             grads = tensor_list(grads)  # type: ignore[arg-type]
-        return self._engine.step(op, kick, damp, drift, grads, skipped)
+        with self._whole():
+            return self._engine.step(op, kick, damp, drift, grads, skipped)
+
+    def _whole(self) -> AbstractContextManager[None]:
+        """Ctrl-C waits where integers and the moves that are remembered must agree."""
+        return Uninterrupted() if self.exact else nullcontext()
 
     def _scalar(self, op: str, name: str, x: Scalar) -> Any:
         """A finite float, or the 0-d tensor where reading it would wait for a device."""
@@ -363,6 +383,10 @@ class PhaseSpace:
             None if g is None else laid_out_like(q, g.detach()) for q, g in zip(self.params, every)
         ]
 
+    def check_kick(self, op: str) -> None:
+        """Raises what a kick with the parameters' `.grad` would raise, overflow aside."""
+        self._engine.check(op)
+
     def _check_layouts(self, op: str) -> None:
         """Raises where a parameter is not what it was when the plan was made."""
         for i, (q, then) in enumerate(zip(self.params, self._layouts, strict=True)):
@@ -392,24 +416,34 @@ class PhaseSpace:
         counters = {"step_count": self.step_count, "seed": self.seed, "skipped": self.skipped}
         return {**counters, **self._engine.state()}
 
-    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores what `state_dict` returned, to the bit."""
+        self.check_state_dict(state)
+        with torch.no_grad(), self._whole():
+            self._engine.load(state)
+            self.step_count, self.seed = state["step_count"], state["seed"]
+            self.skipped = tuple(state["skipped"])
+
+    def check_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises ValueError where `load_state_dict` would."""
         if ("Q" in state) != self.exact:
             raise ValueError(
                 f"load_state_dict: the state of a plan with exact={'Q' in state} does not fit one "
                 f"with exact={self.exact}"
             )
-        saved = state["Q"] if self.exact else state["momenta"]
-        shapes = [tuple(x.shape) for x in saved]
+        shapes = [tuple(x.shape) for x in state["Q" if self.exact else "momenta"]]
         if shapes != [tuple(q.shape) for q in self.params]:
             raise ValueError(
                 f"load_state_dict: expected momenta of shapes "
                 f"{[tuple(q.shape) for q in self.params]}, got {shapes}"
             )
-        self._engine.load(state)
-        self.step_count, self.seed = state["step_count"], state["seed"]
-        self.skipped = tuple(state["skipped"])
+        dtypes = [q.dtype for q in self.params]
+        if self.exact and list(state["dtypes"]) != dtypes:
+            raise ValueError(
+                f"load_state_dict: with exact=True the parameters must have the dtypes they were "
+                f"saved with, {list(state['dtypes'])}, got {dtypes}. Convert the model before the "
+                f"plan is made"
+            )
 
 
 # The plans behind leapfrog_(exact=True) by the first tensor of p, as long as that lives, each with
@@ -435,10 +469,10 @@ def exact_leapfrog_(
 
     def signature() -> Any:
         tensors = [(id(x), x._version) for x in (*qs, *ps)]
-        masses = [id(w) if isinstance(w, Tensor) else w for w in mass]
+        masses = [(id(w), w._version) if isinstance(w, Tensor) else w for w in mass]
         return tensors, masses, backend, isinstance(q, Tensor)
 
-    space, known = _walks.get(ps[0], (None, None))
+    space, known, _ = _walks.get(ps[0], (None, None, None))
     if space is None or known != signature():
         space = PhaseSpace(
             q,
@@ -454,7 +488,8 @@ def exact_leapfrog_(
         with torch.no_grad():
             for x, exact in zip(ps, space.momenta, strict=True):
                 x.copy_(exact)
-        _walks[ps[0]] = space, signature()
+        # The others are held, or a new tensor could be taken for one of them by its id.
+        _walks[ps[0]] = space, signature(), ps[1:]
 
 
 class _Floats:
@@ -506,6 +541,10 @@ class _Floats:
         space.wrote(q=drifts, p=kicks, skipped=skipped)
         space.step_count += drifts
         return energy
+
+    def check(self, op: str) -> None:
+        if self.plan is None or backends.compiled is None or not self.plan.ready():
+            self.space.checked(op, None, True)
 
     def scale_(self, factor: Any) -> None:
         if self.p:

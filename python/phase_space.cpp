@@ -64,6 +64,9 @@ class Plan {
     return py::tuple(places);
   }
 
+  // Whether a kick with the .grad of each parameter can be.
+  bool ready() { return refresh(py::none(), py::tuple(), true); }
+
   // Reads the addresses anew. grads: a list of tensors or None, or None for the .grad of each
   // parameter; a parameter without one is skipped. Unread unless `kicks`: then those are skipped
   // whose places `skipped` has. False where anything is not what it was, or not what the kernel
@@ -220,6 +223,7 @@ class PhasePlan {
         released(items_, [&] { return phase_step(items_.data(), items_.size(), step, threads); }));
   }
 
+  bool ready() { return plan_.ready(); }
   py::tuple skipped() const { return plan_.skipped(); }
 
  private:
@@ -268,6 +272,8 @@ class GridPlan {
     return py::make_tuple(result.checksum, result.inside, scalar_tensor(result.energy));
   }
 
+  bool ready() { return plan_.ready(); }
+
  private:
   Plan plan_;
   std::vector<GridItem> items_;
@@ -307,6 +313,7 @@ class Addresses {
   }
 
   int64_t version() const { return version_; }
+  bool ready() { return plan_.ready(); }
   py::tuple skipped() const { return plan_.skipped(); }
 
  private:
@@ -321,16 +328,19 @@ void bind_phase_space(py::module_& module) {
   py::class_<PhasePlan>(module, "PhasePlan")
       .def(py::init<py::list, py::list, py::list, py::list>())
       .def("step", &PhasePlan::step)
+      .def("ready", &PhasePlan::ready)
       .def("skipped", &PhasePlan::skipped);
   py::class_<GridPlan>(module, "GridPlan")
       .def(py::init<py::list, py::list, py::list, py::list, py::list, py::list,
                     const std::vector<double>&, const std::vector<double>&>())
-      .def("step", &GridPlan::step);
+      .def("step", &GridPlan::step)
+      .def("ready", &GridPlan::ready);
   py::class_<Addresses>(module, "Addresses")
       .def(py::init<py::list, py::list>())
       .def("refresh", &Addresses::refresh)
       .def("rows", &Addresses::rows)
       .def("version", &Addresses::version)
+      .def("ready", &Addresses::ready)
       .def("skipped", &Addresses::skipped);
 }
 

@@ -123,7 +123,7 @@ class BAOAB(PhaseOptimizer):
 
     def _generator(self, device: torch.device) -> torch.Generator:
         if device not in self._generators:
-            self._generators[device] = torch.Generator(device).manual_seed(self._seed)
+            self._generators[device] = torch.Generator(device).manual_seed(self._seed % 2**63)
         return self._generators[device]
 
     def _plan(self, group: dict[str, Any], i: int, momentum: Any) -> PhaseSpace:

@@ -15,7 +15,7 @@ _CAPACITY = 1024
 class DriftRecorder:
     """Loss and energy of each step of any torch optimizer, and their drift D.
 
-        D = median over t in [0.8 T, T) of |H_{t+1} − H_t|
+        D = median over t in [⌊0.8 T⌋, T) of |H_{t+1} − H_t|
 
     H is `optimizer.energy(loss)` where there is such a method (`Leapfrog`, `BAOAB`): kinetic energy
     plus loss. For any other optimizer (AdamW, SGD with and without momentum) H is the loss: their

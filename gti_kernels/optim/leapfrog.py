@@ -110,6 +110,7 @@ class Leapfrog(PhaseOptimizer):
         self._walked = WalkedSteps()  # with exact
         self._unfinished: Step | None = None  # the last step with exact; or one that is half undone
         self._numbers: list[list[tuple[Any, Any, Any]]] = []  # of one that is half undone
+        self._owed_before: list[Any] = []  # before the stage, with exact
         defaults = {
             "lr": dt if isinstance(dt, Tensor) else finite("Leapfrog", "dt", dt),
             "inv_mass": inv_mass,
@@ -146,27 +147,32 @@ class Leapfrog(PhaseOptimizer):
         closure raises, the next `reverse` goes on from there.
         """
         self._check_groups()
-        if self._unfinished is None:
-            self._unfinished = self._last_step()
+        with self._whole():
+            if self._unfinished is None:
+                self._unfinished = self._last_step()
         owed, stages = self._unfinished
         self._before = []
         while stages:
             stage = stages[-1]
-            for i, drifts in enumerate(stage):
-                if drifts:
-                    h = self._undo_drift(i, len(stages) - 1)
-                    half = self._half_damp(self.param_groups[i], h)
-                    self._owed[i] = -0.5 * h / half, 1.0 / half  # for a step, should closure raise
-                    stage[i] = False
+            with self._whole():
+                for i, drifts in enumerate(stage):
+                    if drifts:
+                        h = self._undo_drift(i, len(stages) - 1)
+                        half = self._half_damp(self.param_groups[i], h)
+                        # for a step, should closure raise
+                        self._owed[i] = -0.5 * h / half, 1.0 / half
+                        stage[i] = False
             self._potential(closure)
-            for i, drifts in enumerate(stage):
-                if drifts is not None:
-                    self._kinetic[i] = None
-                    self._undo_kick(i, len(stages) - 1)
-                    stage[i] = None
-            stages.pop()
-        self._owed[: len(owed)] = owed  # groups added since have not walked
-        self._unfinished = None
+            with self._whole():
+                for i, drifts in enumerate(stage):
+                    if drifts is not None:
+                        self._kinetic[i] = None
+                        self._undo_kick(i, len(stages) - 1)
+                        stage[i] = None
+                stages.pop()
+        with self._whole():
+            self._owed[: len(owed)] = owed  # groups added since have not walked
+            self._unfinished = None
         self._remember(closure)
         return self._potential(closure)
 
@@ -194,7 +200,11 @@ class Leapfrog(PhaseOptimizer):
         return factor
 
     def _move(self, i: int, kick: Any, h: Any, damp: Any) -> Tensor:
-        kinetic = self.phase_spaces[i].kick_drift_(kick, h, damp=damp)
+        try:
+            kinetic = self.phase_spaces[i].kick_drift_(kick, h, damp=damp)
+        except OverflowError:
+            self._take_back_groups(i)
+            raise
         self._walk(i, True)
         return kinetic
 
@@ -209,7 +219,18 @@ class Leapfrog(PhaseOptimizer):
             stages = self._unfinished[1]
             if i == 0:
                 stages.append([])
+                self._owed_before = list(self._owed)
             stages[-1].append(drifts)
+
+    def _take_back_groups(self, n: int) -> None:
+        """Undoes the stage for the groups before the n-th, which cannot take it."""
+        if not n or self._unfinished is None:
+            return
+        self._unfinished[1].pop()
+        for space in self.phase_spaces[:n]:
+            space.undo_drift_()
+            space.undo_kick_()
+        self._owed[:n], self._kinetic[:n], self._before = self._owed_before[:n], [None] * n, []
 
     def _last_step(self) -> Step:
         """The last step with exact; else what a step of the present lr and damping would have done

@@ -5,12 +5,14 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..ops.arguments import finite, scalars
+from ..interrupts import Uninterrupted
+from ..ops.arguments import check_disjoint, finite, scalars
 from ..phase_space import PhaseSpace
 
 Closure = Callable[[], Any]
@@ -73,43 +75,55 @@ class PhaseOptimizer(torch.optim.Optimizer):
     def _staggered_step(self, loss: Any) -> None:
         """One stage on the gradients that are there; p ends half a step behind q."""
         self._check_groups()
+        self._check_kicks()
         potential = None if loss is None else self._as_loss("loss", loss)
-        factor = self._begin_step(potential)
-        self._loss, self._evaluated = potential, None
-        for i, group in enumerate(self.param_groups):
-            h, before = self._step_size(group), self._kinetic_energy(i)
-            if factor is not None:
-                before = before * factor.to(before.device).square()
-            elif before.is_cuda:
-                before = before.clone()  # its memory gets the new one
-            owed = self._owed[i] or (0.5 * h, self._half_damp(group, h))
-            kick, damp, left = self._stage(group, owed, h, synchronised=False)
-            self._before[i:] = [(before, _quotient(owed[0], kick))]
-            self._advance(i, kick, h, damp, factor)
-            self._leave(i, left)
+        with self._whole():
+            factor = self._begin_step(potential)
+            self._loss, self._evaluated = potential, None
+            for i, group in enumerate(self.param_groups):
+                h, before = self._step_size(group), self._kinetic_energy(i)
+                if factor is not None:
+                    before = before * factor.to(before.device).square()
+                elif before.is_cuda:
+                    before = before.clone()  # its memory gets the new one
+                owed = self._owed[i] or (0.5 * h, self._half_damp(group, h))
+                kick, damp, left = self._stage(group, owed, h, synchronised=False)
+                self._before[i:] = [(before, _quotient(owed[0], kick))]
+                self._advance(i, kick, h, damp, factor)
+                self._leave(i, left)
 
     def _closure_step(self, closure: Closure, fractions: Sequence[float]) -> Tensor:
         """Kick, motion and kick per fraction of a step; p and q end at the same time."""
         self._check_groups()
         start = self._potential(closure)
-        factor = self._begin_step(start)
+        self._check_kicks()
+        with self._whole():
+            factor = self._begin_step(start)
         for stage, w in enumerate(fractions):
             if stage:
                 self._potential(closure)
+                self._check_kicks()
             self._before, self._evaluated = [], None
-            for i, group in enumerate(self.param_groups):
-                h = w * self._step_size(group)
-                owed = self._owed[i] or (0.0, 1.0)
-                kick, damp, left = self._stage(group, owed, h, synchronised=True)
-                self._advance(i, kick, h, damp, factor)
-                self._leave(i, left)
+            with self._whole():
+                for i, group in enumerate(self.param_groups):
+                    h = w * self._step_size(group)
+                    owed = self._owed[i] or (0.0, 1.0)
+                    kick, damp, left = self._stage(group, owed, h, synchronised=True)
+                    self._advance(i, kick, h, damp, factor)
+                    self._leave(i, left)
             factor = None
         self._potential(closure)
-        for i, rest in enumerate(self._owed):
-            self._kick(i, *(rest or (0.0, 1.0)))
-            self._owed[i] = 0.0, 1.0
+        self._check_kicks()
+        with self._whole():
+            for i, rest in enumerate(self._owed):
+                self._kick(i, *(rest or (0.0, 1.0)))
+                self._owed[i] = 0.0, 1.0
         self._remember(closure)
         return start
+
+    def _whole(self) -> AbstractContextManager[None]:
+        """Ctrl-C waits where the way back needs each kick and drift on record."""
+        return Uninterrupted() if self._exact else nullcontext()
 
     def _step_size(self, group: dict[str, Any]) -> Any:
         """dt: a float; or a 0-d tensor where reading it would wait for a device."""
@@ -163,14 +177,11 @@ class PhaseOptimizer(torch.optim.Optimizer):
     def _check_groups(self) -> None:
         for group in self.param_groups:
             self._check_group(group)
-        if len(self.param_groups) > 1:  # or the first group would move before the second objects
-            for group in self.param_groups:
-                for q in group["params"]:
-                    if q.grad is not None and q.grad.layout != torch.strided:
-                        raise TypeError(
-                            f"{type(self).__name__}: gradients must be dense, got layout "
-                            f"{q.grad.layout}. Use an embedding with sparse=False"
-                        )
+
+    def _check_kicks(self) -> None:
+        if len(self.phase_spaces) > 1:  # or the first group would move before the second objects
+            for space in self.phase_spaces:
+                space.check_kick(type(self).__name__)
 
     # ---- closures --------------------------------------------------------------------------------
 
@@ -277,6 +288,8 @@ class PhaseOptimizer(torch.optim.Optimizer):
             group = self.param_groups[-1]
             self._check_group(group)
             space = self._plan(group, len(self.phase_spaces), momentum)
+            every = [q for each in self.param_groups for q in each["params"]]
+            check_disjoint(type(self).__name__, {"params": every}, {})
         except BaseException:
             self.param_groups.pop()
             raise
@@ -317,7 +330,9 @@ class PhaseOptimizer(torch.optim.Optimizer):
         for i, (group, plan) in enumerate(zip(state["param_groups"], saved["plans"])):
             self._check_group(group)
             spaces.append(self._plan(group, i, "zeros"))
-            spaces[i].load_state_dict(plan)
+            spaces[i].check_state_dict(plan)
+        for space, plan in zip(spaces, saved["plans"]):  # with exact it writes the parameters
+            space.load_state_dict(plan)
         super().__setstate__({**state, "state": defaultdict(dict)})
         self.phase_spaces = spaces
         self._evaluated = None
@@ -348,13 +363,15 @@ class PhaseOptimizer(torch.optim.Optimizer):
         self._loss = None if saved["loss"] is None else saved["loss"].to(self._device)
 
     def _plan(self, group: dict[str, Any], i: int, momentum: Any) -> PhaseSpace:
-        return PhaseSpace(
+        space = PhaseSpace(
             group["params"],
             inv_mass=group["inv_mass"],
             momentum=momentum,
             exact=self._exact,
             seed=(self._seed * 1_000_003 + i) % 2**63,  # no two groups draw the same numbers
         )
+        space.takes_back = False  # a step of another sign of lr is a step of its own
+        return space
 
 
 def _copied(x: Any, device: torch.device | None = None) -> Any:
