@@ -19,7 +19,7 @@ from torch import Tensor, get_num_threads
 
 from . import backends
 from .exact_moves import DRIFT, KICK, SCALING, Moves
-from .layouts import allocate, laid_out_like
+from .layouts import allocate, laid_out_like, layout
 from .reference import phase_space as reference
 
 if TYPE_CHECKING:
@@ -64,6 +64,7 @@ class Grid:
             for q, w in zip(space.params, space.inv_mass)
         ]
         self.versions = self._versions()
+        self.places = [q.data_ptr() for q in space.params]
         bits = [x.view(torch.float64) for x in (*self.Q, *self.P)]  # what bindings can see
         n = len(self.Q)
         owned = [x.view(torch.float64) for x in self.memory]
@@ -280,6 +281,22 @@ class Grid:
                 f"{op}: the plan is stale: params[{i}] was written since the last step, but with "
                 f"exact=True its grid holds the position. Make a new PhaseSpace"
             )
+        places = [q.data_ptr() for q in self.space.params]
+        if places != self.places:
+            for i, (q, was, now) in enumerate(zip(self.space.params, self.places, places)):
+                alike = layout(q) == self.space._layouts[i]  # else the plan itself says so
+                if now not in (was, 0) and alike and not torch.equal(q, self._position(i)):
+                    raise RuntimeError(
+                        f"{op}: the plan is stale: the data of params[{i}] was replaced, but with "
+                        f"exact=True its grid holds the position. Make a new PhaseSpace"
+                    )
+            self.places = places
+
+    def _position(self, i: int) -> Tensor:
+        """q of the i-th tensor, from the grid."""
+        wide, r = self.unit_q[i] * self.Q[i].double(), self.rest_q[i]
+        dtype = self.space.params[i].dtype
+        return reference.by_way_of_fp32(wide if r is None else wide + r.double(), dtype)
 
     # ---- saving ----------------------------------------------------------------------------------
 
@@ -317,9 +334,8 @@ class Grid:
             ]
             for name in ("rest_q", "rest_p")
         )
-        for q, Q, r, u in zip(params, self.Q, self.rest_q, self.unit_q):
-            wide = u * Q.double()
-            q.copy_(reference.by_way_of_fp32(wide if r is None else wide + r.double(), q.dtype))
+        for i, q in enumerate(params):
+            q.copy_(self._position(i))
         self._make_plan()
 
 

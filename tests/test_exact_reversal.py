@@ -308,6 +308,27 @@ def test_leapfrog_starts_anew_where_somebody_wrote():
     assert torch.equal(q, q0) and torch.equal(p, p0)
 
 
+def test_leapfrog_starts_anew_where_a_mass_was_written():
+    q, p, w = torch.zeros(3), torch.ones(3), torch.ones(3)
+    gti.leapfrog_(q, p, torch.zeros_like, 1.0, inv_mass=w, exact=True)
+    w.mul_(2)
+    gti.leapfrog_(q, p, torch.zeros_like, 1.0, inv_mass=w, exact=True)
+    assert q.tolist() == [3.0] * 3
+
+
+@every_backend
+def test_data_that_somebody_replaced_is_refused(backend):
+    q = torch.nn.Parameter(numbers(5))
+    space = gti.PhaseSpace(q, exact=True, backend=backend)
+    q.data = q.data.clone()  # moved, but the same
+    space.kick_drift_(0.1, 0.1, grads=[torch.ones_like(q)])
+    q.data = q.data + 1.0
+    before = q.detach().clone()
+    with pytest.raises(RuntimeError, match=r"data of params\[0\] was replaced"):
+        space.kick_drift_(0.1, 0.1, grads=[torch.ones_like(q)])
+    assert torch.equal(q, before)
+
+
 def test_round_trip_is_exactly_zero_without_hidden_state():
     torch.set_num_threads(1)
     batches = [(torch.randn(8, 1, 8, 8), torch.arange(8)) for _ in range(3)]

@@ -6,7 +6,10 @@ import contextlib
 import copy
 import io
 import math
+import os
 import pickle
+import signal
+import sys
 import weakref
 
 import pytest
@@ -538,6 +541,120 @@ def test_an_exact_step_that_does_not_fit_the_grid_leaves_all_as_it_was():
     assert same(grid_state(optimizer), start)
 
 
+@pytest.mark.parametrize("form", ["closure", "staggered"])
+def test_exact_steps_of_any_lr_walk_back(form):
+    """A step of the opposite lr is a step of its own, on a batch of its own."""
+    q = parameter(0.3, -1.2, 2.0)
+    optimizer = gti.optim.Leapfrog([q], 0.1, damping=0.3, exact=True, momentum="gaussian")
+    start = grid_state(optimizer)
+    lrs = [0.1, -0.1, -0.1, 0.0, 0.0, 0.1, -0.1, 0.2]
+    closures = [closure_of(optimizer, lambda i=i: (q * (1 + i // 2)).sin().sum()) for i in range(8)]
+    for lr, closure in zip(lrs, closures):
+        optimizer.param_groups[0]["lr"] = lr
+        if form == "closure":
+            optimizer.step(closure)
+        else:
+            closure()
+            optimizer.step()
+    assert not same(grid_state(optimizer), start)
+    for closure in reversed(closures):
+        optimizer.reverse(closure)
+    assert same(grid_state(optimizer), start)
+
+
+def test_a_step_that_one_group_cannot_take_moves_none():
+    a, b = parameter(1.0, 2.0), parameter(3.0)
+    optimizer = gti.optim.Leapfrog(
+        [{"params": [a]}, {"params": [b]}], 0.1, exact=True, momentum="gaussian"
+    )
+    potential = lambda: a.sin().sum() + b.sin().sum()  # noqa: E731
+    run(optimizer, potential, 1)
+    before = grid_state(optimizer)
+    a.grad, b.grad = torch.ones_like(a), torch.full_like(b, 1e30)
+    with pytest.raises(OverflowError, match="smaller dt"):
+        optimizer.step()
+    assert same(grid_state(optimizer), before)
+    run(optimizer, potential, 1)
+    optimizer.reverse(closure_of(optimizer, potential))
+    assert same(grid_state(optimizer), before)
+
+
+@pytest.mark.parametrize("form", ["closure", "staggered"])
+def test_ctrl_c_anywhere_loses_no_bit(form):
+    """A signal at each line that an exact step runs; then further steps, and back to the start."""
+    package, point = os.path.dirname(gti.__file__), 0
+    while True:
+        q = parameter(0.3, -1.2)
+        optimizer = gti.optim.Leapfrog([q], 0.1, damping=0.3, energy_cap=1.0, exact=True)
+        closure = closure_of(optimizer, lambda q=q: 5.0 + q.sin().sum())
+        start = grid_state(optimizer)
+
+        def step(optimizer=optimizer, closure=closure):
+            if form == "closure":
+                optimizer.step(closure)
+            else:
+                optimizer.step(loss=closure())
+
+        step()
+        with interrupted(package, point, signal.SIGINT) as reached:
+            step()
+        for _ in range(2):
+            step()
+        while optimizer._walked or (optimizer._unfinished and optimizer._unfinished[1]):
+            optimizer.reverse(closure)
+        assert same(grid_state(optimizer), start), point
+        if not reached():
+            break
+        point += 7  # of several hundred lines
+    assert point > 100
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@contextlib.contextmanager
+def interrupted(package, point, number):
+    """Sends this process the signal before the line of the package that is the point-th to run."""
+    count = -1
+
+    def trace(frame, event, _):
+        nonlocal count
+        if not frame.f_code.co_filename.startswith(package):
+            return None
+        if event == "line":
+            count += 1
+            if count == point:
+                signal.raise_signal(number)
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        yield lambda: count >= point
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(before)
+
+
+def test_a_saved_exact_walk_is_loaded_whole_or_not_at_all():
+    def made(*sizes, dtype=torch.float32):
+        params = [nn.Parameter(torch.linspace(0.1, 1.0, n).to(dtype)) for n in sizes]
+        groups = [{"params": [q]} for q in params]
+        return params, gti.optim.Leapfrog(groups, 0.1, exact=True, momentum="gaussian")
+
+    params, optimizer = made(2, 3)
+    run(optimizer, lambda: sum(q.sin().sum() for q in params), 2)
+    saved = optimizer.state_dict()
+    for (others, other), words in (
+        (made(2, 4), "expected momenta of shapes"),
+        (made(2, 3, dtype=F64), "must have the dtypes they were"),
+    ):
+        before, versions = grid_state(other), [q._version for q in others]
+        with pytest.raises(ValueError, match=words):
+            other.load_state_dict(saved)
+        assert same(grid_state(other), before)
+        assert [q._version for q in others] == versions
+
+
 def test_exact_walk_back_in_another_process():
     """Out, saved in the middle; back from the file."""
 
@@ -990,6 +1107,27 @@ def test_bad_arguments(options, error, words):
         return
     with pytest.raises(error, match=words):
         gti.optim.Leapfrog(**options)
+
+
+def test_a_bad_gradient_of_one_group_moves_none():
+    for exact in (False, True):
+        a, b = parameter(1.0, 2.0), parameter(3.0)
+        optimizer = gti.optim.Leapfrog([{"params": [a]}, {"params": [b]}], 0.1, exact=exact)
+        a.grad = torch.ones_like(a)
+        b.data = b.data.float()
+        b.grad = torch.ones_like(b)
+        with pytest.raises(RuntimeError, match="plan is stale"):
+            optimizer.step()
+        assert a.tolist() == [1.0, 2.0] and b.tolist() == [3.0]
+        assert not optimizer.phase_spaces[0].momenta[0].any()
+
+
+def test_groups_must_not_share_memory():
+    x = torch.zeros(8)
+    optimizer = gti.optim.Leapfrog([nn.Parameter(x[:5])], 0.1)
+    with pytest.raises(ValueError, match="share memory"):
+        optimizer.add_param_group({"params": [nn.Parameter(x[3:])]})
+    assert len(optimizer.param_groups) == len(optimizer.phase_spaces) == 1
 
 
 def test_bad_steps_touch_nothing():

@@ -40,7 +40,7 @@ class EnergyDrift:
 
 
 def energy_drift(system: HamiltonianSystem, dts: Sequence[float], steps: int) -> EnergyDrift:
-    """D(dt) = median over t in [⌊0.8 T⌋, T) of |H_{t+1} − H_t|, T = `steps`, for each dt; its slope;
+    """D(dt) = median over t in [0.8 T, T) of |H_{t+1} − H_t|, T = `steps`, for each dt; its slope;
     dt_zero.
 
         log₁₀ D = m log₁₀ dt + b
@@ -120,7 +120,7 @@ def drift_slope(
 
 
 def tail_drift(energies: Sequence[float]) -> float:
-    """D = median of |H_{t+1} − H_t| over t in [⌊0.8 T⌋, T), from H_0 to H_T; NaN if one of these
+    """D = median of |H_{t+1} − H_t| over t in [⌊0.8 T⌋, T), H_0 to H_T; NaN if one of these
     is."""
     steps = len(energies) - 1
     tail = range(int(0.8 * steps), steps)
