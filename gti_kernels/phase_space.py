@@ -268,7 +268,7 @@ class PhaseSpace:
         """p ← factor·p. With exact=True factor must be positive: it goes into s."""
         factor = self._scalar("scale_momenta_", "factor", factor)
         with self._whole():
-            self._engine.scale_(factor)
+            self._engine.scale_(factor)  # type: ignore[arg-type]
 
     def leapfrog_(
         self,
