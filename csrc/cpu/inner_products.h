@@ -153,6 +153,7 @@ GTI_TILE(skew, Compensated)
 GTI_TILE(metric, Compensated)
 GTI_TILE(gram, Compensated)
 #undef GTI_TILE
+
 // The skew tile on the diagonal while its rows are widened: x_rows and y_rows [4, n], `count`
 // apart; squares += Σ_c x² + y² of each row, lane by lane. kKeep: the rows in fp64 go to wide_x and
 // wide_y. Else nobody reads them again, and the memory is fetched that comes next in each row.

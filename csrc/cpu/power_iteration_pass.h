@@ -84,7 +84,7 @@ GTI_INLINE void row_group(const T* w, const T* before, Strides at, const C* x, c
         for (int q = 0; q < Q; ++q) x_v[k][q] = load<N>(x + k * np + j + q * N);
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
-        // Pairs keep both ports of the core busy: what comes next is to be in L2 by then.
+        // The next group, into L2: measured a twentieth faster for pairs, slower for fp32.
         if (Q > 1) __builtin_prefetch(w + (R + r) * np + j, 0, 2);
         load_block<N>(w + r * np + j, w_v);
         for (int q = 0; q < Q; ++q) {
