@@ -40,7 +40,7 @@ class EnergyDrift:
 
 
 def energy_drift(system: HamiltonianSystem, dts: Sequence[float], steps: int) -> EnergyDrift:
-    """D(dt) = median over t in [⌊0.8 T⌋, T) of |H_{t+1} − H_t|, T = `steps`, for each dt; its slope;
+    """D(dt) = median over t in [⌊0.8 T⌋, T) of |H_{t+1} − H_t|, T = `steps`, of each dt; its slope;
     dt_zero.
 
         log₁₀ D = m log₁₀ dt + b
