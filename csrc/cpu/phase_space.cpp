@@ -211,13 +211,14 @@ GTI_INLINE Lanes<int64_t> nearest(const Lanes<double>& x) {
   return bits_as<Lanes<int64_t>>(x + kMiddle) - bits_as<int64_t>(kMiddle);
 }
 
-// v rounded to nearest even, as a conversion would.
+// v rounded to nearest even, as a conversion would: 2^32 times its upper half, which 2^84 + 2^63
+// lifts to where 2^32 is the unit of a double, and its lower half; only the last sum rounds.
 GTI_INLINE Lanes<double> real(const Lanes<int64_t>& v) {
-  const auto u = bits_as<Lanes<uint64_t>>(v) + (1ull << 63);
-  const auto half = [](const auto& x) GTI_INLINE_LAMBDA {
-    return bits_as<Lanes<double>>(x | bits_as<uint64_t>(kTwo52));
-  };
-  return (half(u >> 32) - (kTwo52 + 0x1p31)) * 0x1p32 + (half(u & 0xffffffffu) - kTwo52);
+  constexpr double kTwo84 = 0x1p84, kTwo63 = 0x1p63;
+  const auto u = bits_as<Lanes<uint64_t>>(v);
+  const auto upper = bits_as<Lanes<double>>((u >> 32) ^ bits_as<uint64_t>(kTwo84 + kTwo63));
+  const auto lower = bits_as<Lanes<double>>((u & 0xffffffffu) | bits_as<uint64_t>(kTwo52));
+  return (upper - (kTwo84 + kTwo63 + kTwo52)) + lower;
 }
 
 // Not zero in the bits above `power` unless −2^power ≤ x < 2^power.
@@ -308,6 +309,8 @@ GTI_INLINE Partial grid_advance(T* q, const T* remainder, int64_t* Q, int64_t* P
     if (!drifts)                                                                                 \
       return grad ? grid_advance<true, false, T>(q, r, Q, P, grad, w, f, n)                      \
                   : grid_advance<false, false, T>(q, r, Q, P, grad, w, f, n);                    \
+    if (grad && !r && !w) /* most tensors: two branches less for each vector */                  \
+      return grid_advance<true, true, T>(q, nullptr, Q, P, grad, nullptr, f, n);                 \
     return grad ? grid_advance<true, true, T>(q, r, Q, P, grad, w, f, n)                         \
                 : grid_advance<false, true, T>(q, r, Q, P, grad, w, f, n);                       \
   }
