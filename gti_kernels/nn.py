@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 
 from .conventions import compute_dtype
 from .ops.arguments import finite
-from .ops.library import is_plain_eager, refuse_compiled_transforms, without_transforms
+from .ops.library import is_plain_eager, refuse_lost_derivatives, without_transforms
 from .ops.power_iteration import power_iteration, start_from
 
 _is_batched = torch._C._functorch.is_legacy_batchedtensor  # of autograd.grad(is_grads_batched=True)
@@ -131,10 +131,9 @@ class SpectralNorm(nn.Module):
             norm = torch.linalg.vector_norm(weight, dtype=compute_dtype(weight.dtype))
             return weight / _divisor(norm, self.eps)
         passes = self.n_power_iterations + 1 if self.training else 1
+        refuse_lost_derivatives("spectral_norm", [weight])
         plain, function = is_plain_eager(), _Normalized
-        if torch.compiler.is_compiling():  # which takes only the plainest form
-            refuse_compiled_transforms("spectral_norm")
-        else:
+        if not torch.compiler.is_compiling():  # the compiler takes only the plainest form
             if torch._C._get_tracing_state() is not None:
                 raise RuntimeError(
                     "spectral_norm: torch.jit.trace would take σ for a constant. Use torch.export, "

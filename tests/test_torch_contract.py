@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
-from torch.func import grad, jvp, vmap
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 
 import gti_kernels as gti
@@ -189,7 +189,7 @@ TRANSFORMS = {
 @pytest.mark.parametrize("f", [top, normalized])
 def test_a_transform_inside_a_compiled_function_is_refused(transform, f):
     torch.compiler.reset()
-    with pytest.raises(Exception, match="refuse_compiled_transforms"):
+    with pytest.raises(Exception, match="refuse_lost_derivatives"):
         torch.compile(TRANSFORMS[transform](f), backend="eager", fullgraph=True)(numbers(4, 5))
 
 
@@ -378,6 +378,68 @@ def test_gradcheck_of_a_list_with_a_convolution(backend):
 def test_gradcheck_of_several_singular_values():
     w = testing.with_spectrum(torch.tensor([4.0, 2.0, 1.0]), 5, 4).requires_grad_()
     assert torch.autograd.gradcheck(lambda w: gti.top_singular_values(w, k=2, tol=1e-12), w)
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (3, 5), (2, 4, 3)])
+def test_second_derivatives(shape):
+    w = numbers(*shape).requires_grad_()
+
+    def top_two(w):
+        return gti.top_singular_values(w, k=2, tol=1e-13, max_steps=2000)
+
+    assert torch.autograd.gradgradcheck(top_two, w, check_fwd_over_rev=True)
+
+
+def test_derivatives_of_higher_order_against_svdvals():
+    w, t = numbers(4, 3), numbers(4, 3, seed=1)
+
+    def ours(w):
+        return gti.top_singular_values(w, tol=1e-13, max_steps=2000).pow(3).sum()
+
+    def expected(w):
+        return torch.linalg.svdvals(w)[:1].pow(3).sum()
+
+    for outer, inner in ((jacrev, jacrev), (jacfwd, jacrev), (jacrev, jacfwd)):
+        torch.testing.assert_close(outer(inner(ours))(w), hessian(expected)(w))
+
+    def third(f):
+        return grad(lambda w: (grad(lambda w: (grad(f)(w) * t).sum())(w) * t).sum())(w)
+
+    torch.testing.assert_close(third(ours), third(expected))
+    batch = numbers(3, 4, 3, seed=2)
+    torch.testing.assert_close(vmap(hessian(ours))(batch), vmap(hessian(expected))(batch))
+
+
+def test_second_derivatives_of_a_list():
+    ws = [numbers(4, 3, 2, 2), numbers(6, 2), numbers(7, 9).bfloat16()]
+    live = [ws[0].requires_grad_(), ws[2].requires_grad_()]  # the other is frozen
+
+    def product(sigma):
+        loss = sum(s.double().square() for s in sigma)
+        grads = torch.autograd.grad(loss, live, create_graph=True)
+        return torch.autograd.grad(sum(g.double().sum() for g in grads), live)
+
+    got = product(gti.top_singular_values(ws, tol=1e-9)[:, 0])
+    expected = product([torch.linalg.svdvals(w.flatten(1).double())[0] for w in ws])
+    torch.testing.assert_close(got[0], expected[0], rtol=0, atol=1e-6)
+    torch.testing.assert_close(got[1], expected[1], rtol=0.02, atol=0.02)
+
+
+def test_forward_mode_inside_forward_mode_is_refused():
+    layer = gti.nn.spectral_norm(nn.Linear(4, 3, dtype=torch.float64)).eval()
+    name, x = "parametrizations.weight.original", numbers(4, seed=1)
+
+    def of_weight(w):
+        return functional_call(layer, {name: w}, x).sum()
+
+    for f, w in ((top, numbers(3, 4)), (of_weight, numbers(3, 4))):
+        with pytest.raises(RuntimeError, match="jacfwd inside of another"):
+            jacfwd(jacfwd(f))(w)
+
+    def of_input(x):  # the weight has no tangents
+        return layer(x).pow(3).sum()
+
+    torch.testing.assert_close(jacfwd(jacfwd(of_input))(x), hessian(of_input)(x))
 
 
 def test_func_grad_and_jvp_against_finite_differences():

@@ -51,14 +51,35 @@ def without_transforms(x: Tensor) -> Tensor:
     return x
 
 
-def refuse_compiled_transforms(op: str) -> None:
-    """Raises where torch.compile meets torch.func or forward mode, which it would trace to a silent
-    zero. Without fullgraph the compiler then leaves the call to eager mode."""
-    if _is_compiling() and (_transforms_active() or forward_ad._current_level >= 0):
-        raise RuntimeError(
-            f"{op}: torch.compile cannot trace torch.func and forward-mode autograd through it. "
-            f"Compile without fullgraph=True, or transform outside of the compiled function"
-        )
+def refuse_lost_derivatives(op: str, arguments: Iterable[Tensor]) -> None:
+    """Raises where torch would make a silent zero of a derivative: where torch.compile meets
+    torch.func or forward mode (without fullgraph it then leaves the call to eager mode), and where
+    an argument has tangents of two forward modes, of which an autograd.Function gets one."""
+    transformed = _transforms_active()
+    if _is_compiling():
+        if transformed or forward_ad._current_level >= 0:
+            raise RuntimeError(
+                f"{op}: torch.compile cannot trace torch.func and forward-mode autograd through "
+                f"it. Compile without fullgraph=True, or transform outside of the compiled function"
+            )
+    elif transformed:
+        stack = torch._C._functorch.get_interpreter_stack() or ()
+        forward = torch._C._functorch.TransformType.Jvp
+        levels = [x.level() for x in stack if x.key() == forward]
+        if len(levels) > 1 and any(len(_levels(x) & {*levels}) > 1 for x in arguments):
+            raise RuntimeError(
+                f"{op}: torch.func.jvp or jacfwd inside of another has no derivative here. Use "
+                f"grad, vjp or jacrev for one of them"
+            )
+
+
+def _levels(x: Tensor) -> set[int]:
+    """Of the transforms of torch.func that have wrapped x."""
+    levels = set()
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        levels.add(torch._C._functorch.maybe_get_level(x))
+        x = torch._C._functorch.get_unwrapped(x)
+    return levels
 
 
 def refuse_derivative(op: str, arguments: Iterable[Any], remedy: str) -> None:
@@ -71,7 +92,7 @@ def refuse_derivative(op: str, arguments: Iterable[Any], remedy: str) -> None:
                     f"are recorded. {remedy}"
                 )
     if _is_compiling():
-        return refuse_compiled_transforms(op)
+        return refuse_lost_derivatives(op, ())
     if _transform_level() is not None or forward_ad._current_level >= 0:
         for t in arguments:
             if not isinstance(t, Tensor):

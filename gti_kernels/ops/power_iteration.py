@@ -13,8 +13,9 @@ from .. import backends
 from ..conventions import compute_dtype
 from ..reference import power_iteration as reference
 from .arguments import check_float_tensors, subclasses, tensor_list
-from .library import is_plain_eager, refuse_compiled_transforms, refuse_derivative, register
+from .library import is_plain_eager, refuse_derivative, refuse_lost_derivatives, register
 from .results import Field, Result
+from .singular_vectors import attached
 
 #: The largest k of a kernel.
 _MOST_TRIPLES = {"cpu": 16, "triton": 8, "cuda": 8}
@@ -130,8 +131,9 @@ def top_singular_values(
 
     Arguments as in `power_iteration`; returns its sigma, […, k] or [L, k]. The derivative is exact
     for a simple σ up to the error of u and v (first order in the residual); at a tie it is one
-    element of the subdifferential. u and v are constants of the derivative: second derivatives are
-    zero, not those of σ. Works with backward, torch.func.grad, vmap and jvp, and under
+    element of the subdifferential. Derivatives of any order are those of σ: a second one solves a
+    dense fp64 system of the smaller side of each matrix, and is infinite or NaN where σ is zero or
+    not simple. Works with backward, torch.func.grad, vmap and jvp, and under
     torch.compile(fullgraph=True). Transforms of torch.func inside a compiled function are left to
     eager mode, so not with fullgraph.
 
@@ -159,8 +161,8 @@ def sigma_with_vectors(
     """σ [M, k], differentiable, then u and v of each weight, detached: for a next start."""
     _check_settings(k, method, max_steps, tol, seed)
     backends.check_name("power_iteration", backend)
-    refuse_compiled_transforms("top_singular_values")
     ws, batched = _weight_list(weights)
+    refuse_lost_derivatives("top_singular_values", ws)
     starts = _starts(start, ws, batched, k)
     options = (batched, k, method, max_steps, float(tol), _int64(seed), backend, len(ws))
     # A Function with a jvp breaks fullgraph compilation, so the compiler sees one without.
@@ -380,29 +382,39 @@ class _Sigma(torch.autograd.Function):
         options, *tensors = inputs
         count = options[-1]
         ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*output[1:])
-        ctx.save_for_forward(*output[1:])
-        ctx.like = [(w.shape, w.dtype) for w in tensors[:count]]
+        ctx.save_for_backward(*tensors[:count], *output[1:])
+        ctx.save_for_forward(*tensors[:count], *output[1:])
         ctx.counts = [_sizes(w, options[0])[0] for w in tensors[:count]]
         ctx.extra = len(tensors) - count
 
     @staticmethod
     def backward(ctx: Any, grad_sigma: Tensor, *_: Tensor) -> tuple[Any, ...]:
-        count = len(ctx.counts)
-        saved = ctx.saved_tensors  # once: a checkpoint gives them but once
-        us, vs = saved[:count], saved[count:]
+        # Where this is recorded for a second derivative, u and v move with W.
+        recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         grads: list[Tensor | None] = []
         wanted = ctx.needs_input_grad[1:]
-        sigmas = grad_sigma.split(ctx.counts)
-        for u, v, g, (shape, dtype), want in zip(us, vs, sigmas, ctx.like, wanted):
+        for (w, u, v), g, want in zip(_triples(ctx), grad_sigma.split(ctx.counts), wanted):
             if not want:  # frozen
                 grads.append(None)
                 continue
+            if recorded:
+                u, v = attached(_matrices(w, u, v), u, v)
             g = g.to(u.dtype) if u.ndim == 2 else g.to(u.dtype).unsqueeze(-2)  # [1, k], [B, 1, k]
             # Σ_k g u vᵀ without a matmul, which autocast would narrow.
             outer = sum((u * g)[..., i, None] * v[..., None, :, i] for i in range(u.shape[-1]))
-            grads.append(outer.reshape(shape).to(dtype))  # type: ignore[union-attr]
+            grads.append(outer.reshape(w.shape).to(w.dtype))  # type: ignore[union-attr]
         return (None, *grads, *[None] * ctx.extra)
+
+
+def _triples(ctx: Any) -> list[tuple[Tensor, ...]]:
+    """Each weight with its u and v."""
+    saved, count = ctx.saved_tensors, len(ctx.counts)  # once: a checkpoint gives them but once
+    return list(zip(saved[:count], saved[count : 2 * count], saved[2 * count :]))
+
+
+def _matrices(w: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    """w as u and v see it: [m, n] or [B, m, n]."""
+    return w.reshape(*u.shape[:-1], v.shape[-2])
 
 
 class _SigmaForward(_Sigma):
@@ -410,17 +422,16 @@ class _SigmaForward(_Sigma):
 
     @staticmethod
     def jvp(ctx: Any, _options: None, *tangents: Tensor | None) -> tuple[Any, ...]:
-        count = len(ctx.counts)
-        saved = ctx.saved_tensors
-        us, vs = saved[:count], saved[count:]
-        real = _result_dtype(list(us))
+        triples = _triples(ctx)
+        real = _result_dtype([u for _, u, _ in triples])
         parts = []
-        for u, v, t, (shape, _) in zip(us, vs, tangents, ctx.like):
-            t = torch.zeros(shape, dtype=u.dtype, device=u.device) if t is None else t.to(u.dtype)
+        for (w, u, v), t in zip(triples, tangents):
+            t = torch.zeros_like(w) if t is None else t
+            u, v = attached(_matrices(w, u, v), u, v)
             with torch.autocast(u.device.type, enabled=False):
-                moved = t.reshape(*u.shape[:-1], v.shape[-2]) @ v
+                moved = _matrices(t, u, v).to(u.dtype) @ v
             parts.append((moved * u).sum(-2).reshape(-1, u.shape[-1]).to(real))
-        return (torch.cat(parts), *[None] * (2 * count))
+        return (torch.cat(parts), *[None] * (2 * len(triples)))
 
     @staticmethod
     def vmap(
