@@ -2,29 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
-import subprocess
-from collections.abc import Iterator
-
 import pytest
 import torch
 
-CASES = pytest.StashKey[subprocess.Popen[str]]()
 
-
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """Triton's interpreter is slow: where its test is wanted, it runs beside the others."""
-    wanted = [item for item in session.items if item.path.name == "test_triton_interpreter.py"]
-    collected_only = session.config.option.collectonly
-    if wanted and not collected_only and importlib.util.find_spec("triton") is not None:
-        session.stash[CASES] = wanted[0].module.start_cases()  # type: ignore[attr-defined]
-
-
-@pytest.fixture
-def triton_cases(request: pytest.FixtureRequest) -> Iterator[subprocess.Popen[str]]:
-    process = request.session.stash[CASES]
-    yield process
-    process.kill()
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The one test that takes minutes goes first, or the other processes would wait for it."""
+    items.sort(key=lambda item: item.path.name != "test_triton_interpreter.py")
 
 
 @pytest.fixture(autouse=True)
