@@ -58,56 +58,68 @@
 #include "power_iteration_step.cuh"
 #endif
 
-// The blocks b·size … b·size + size − 1 are team b, which takes the items b, b + teams, …; the last
-// blocks, if size does not divide the grid, have nothing to do.
+// All blocks run the sections of the launch one after the other, the largest teams first. A section
+// cuts the grid into teams of `size` blocks, from its first block on; team t takes the items t,
+// t + teams, …; blocks that are left over go on to the next section. A block waits for its own team
+// alone, and all take the sections in the same order, so nobody waits in a circle; where teams have
+// several blocks, all of them run at once: a cluster does, and with kGrid the launch is
+// cooperative.
 //
-// k = 1. Shared memory of a block: Control; slice [width] (unless TEAM 2); and unless wide: v, r, s
-// and images, x [np], z [groups, np], W. Device memory, TEAM 2: for each team x [width · blocks],
+// The barrier after an item is the last moment when others read memory of a block: then it may
+// leave, or overwrite it. Teams of a grid have memory and counters of their own in each section.
+//
+// k = 1. Shared memory of a block: Control; slice [width] (unless kGrid); and unless wide: v, r, s
+// and images, x [np], z [groups, np], W. Device memory, kGrid: for each team x [width · blocks],
 // then for each block its slots, its share [np], and if wide: z [groups, np] in place of the share,
 // vectors.
 //
-// k > 1. Shared memory of a block: Control, Dense; TEAM 0: x, zx [side, np], z [k, groups, np], y
-// [side, m]; W, if it is on chip. Device memory, TEAM 2: for each team sums, x, zx, y, then for
+// k > 1. Shared memory of a block: Control, Dense; kBlock: x, zx [side, np], z [k, groups, np], y
+// [side, m]; W, if it is on chip. Device memory, kGrid: for each team sums, x, zx, y, then for
 // each block its slots and sums, z.
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
-    power_iteration(const Item* items, int64 count, int64 size, int64 k, int64 power,
-                    int64 max_steps, double tol, int64 seed, const C* start, unsigned char* memory,
-                    int64 team_bytes, int64 x_bytes, int64 region_bytes,
-                    unsigned* counters,  // TEAM 2: [items + teams], zero
-                    C* u, C* v, double* sigma, double* residual, double* upper, int64* steps,
-                    unsigned char* converged) {
+//
+// counters: zero; in each section of kind kGrid one for each team, then one for each item.
+extern "C" __global__ void __launch_bounds__(THREADS, SUBSPACE ? 1 : 2)
+    power_iteration(const Section* sections, int64 section_count, const Item* items, int64 k,
+                    int64 power, int64 max_steps, double tol, int64 seed, const C* start,
+                    unsigned char* memory, unsigned* counters, C* u, C* v, double* sigma,
+                    double* residual, double* upper, int64* steps, unsigned char* converged) {
   const Settings set = {static_cast<int>(k),       power != 0, max_steps, tol,
                         static_cast<uint64>(seed), start};
   const Results out = {u, v, sigma, residual, upper, steps, converged};
-  const int teams = gridDim.x / static_cast<int>(size),
-            number = blockIdx.x / static_cast<int>(size);
-  if (number >= teams) return;
-  Team all;  // from one matrix to the next
-  all.rank = blockIdx.x - number * static_cast<int>(size);
-  all.size = static_cast<int>(size);
-  all.memory = memory + number * team_bytes;
-  all.x_bytes = x_bytes;
-  all.region_bytes = region_bytes;
-  all.counter = counters + count + number;
+  Work& p = control()->work;
 
 #pragma unroll 1
-  for (int64 index = number; index < count; index += teams) {
-    Work& p = control()->work;
-    if (threadIdx.x == 0) lay_out(all, items[index], set, p);
-    __syncthreads();
-    if (p.rank < p.size) {
-      Team team = all;
-      team.size = p.size;
-      team.counter = counters + index;
-      team.target = 0;
-      if (p.mode() == kOnChip) {
-        copy_rows(p, 0, p.rows, p.ring(0));
-        commit_copies();
-        wait_for_copies<0>();
-        __syncthreads();
+  for (const Section* section = sections; section < sections + section_count; ++section) {
+    const int size = static_cast<int>(section->size), blocks = static_cast<int>(gridDim.x);
+    const int block =
+        (static_cast<int>(blockIdx.x) + blocks - static_cast<int>(section->first)) % blocks;
+    const int64 number = block / size, teams = section->teams;
+    if (number >= teams) continue;
+    unsigned* arrivals = counters + section->counters;
+    unsigned target = 0;
+#pragma unroll 1
+    for (int64 index = number; index < section->count; index += teams) {
+      if (threadIdx.x == 0) {
+        p.kind = static_cast<int>(section->kind);
+        p.rank = block % size;
+        p.x_bytes = section->x_bytes;
+        p.region_bytes = section->region_bytes;
+        p.memory = memory + section->memory + number * (p.x_bytes + size * p.region_bytes);
+        p.counter = arrivals + teams + index;
+        p.target = 0;
+        lay_out(items[section->begin + index], set, p);
       }
-      run(team, p, set, out);
+      __syncthreads();
+      if (p.rank < p.size) {
+        if (p.item.mode == kOnChip) {
+          copy_rows(p, 0, p.rows, p.ring(0));
+          commit_copies();
+          wait_for_copies<0>();
+          __syncthreads();
+        }
+        run(p, set, out);
+      }
+      barrier(static_cast<int>(section->kind), size, arrivals + number, target);
     }
-    all.barrier();  // nobody reads any more what the next matrix overwrites
   }
 }

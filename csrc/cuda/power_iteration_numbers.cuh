@@ -36,7 +36,7 @@ __device__ __forceinline__ bool arrived(const unsigned* counter, unsigned target
   asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(count) : "l"(counter) : "memory");
   return static_cast<int>(count - target) >= 0;
 }
-#if TEAM == 1
+#if __CUDA_ARCH__ >= 900
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
   asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
@@ -47,6 +47,9 @@ __device__ __forceinline__ unsigned char* cluster_map(unsigned char* place, int 
   asm("mapa.u64 %0, %1, %2;" : "=l"(other) : "l"(place), "r"(rank));
   return other;
 }
+#else  // no clusters, and none in a launch
+__device__ __forceinline__ void cluster_sync() {}
+__device__ __forceinline__ unsigned char* cluster_map(unsigned char* place, int) { return place; }
 #endif
 #endif
 

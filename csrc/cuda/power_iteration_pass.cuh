@@ -181,9 +181,9 @@ __device__ __forceinline__ void pass(const Work& p, bool backwards, C* y, Measur
 #pragma unroll 1
   for (int c = place; c < p.chunks; c += positions)
     store(p.z + group * p.np + static_cast<int64>(c) * V, zeros);
-  if (p.mode() == kOnChip) {
+  if (p.item.mode == kOnChip) {
     direct_pass<8, kShared, kMeasure>(p, p.ring(0), p.np, y, measures);
-  } else if (p.mode() == kWide) {
+  } else if (p.item.mode == kWide) {
     if (p.even)
       direct_pass<4, kGlobal, kMeasure>(p, p.w, p.item.n, y, measures);
     else

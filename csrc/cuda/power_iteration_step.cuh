@@ -52,7 +52,7 @@ __device__ __forceinline__ void top_eigenvector(const double (&g)[6], double (&t
 
 // x [np] ← factor · x of all slices; the factor is that of the direction.
 __device__ __forceinline__ void gather(Team& team, const Work& p, double factor) {
-  if (p.mode() == kWide) {  // every block reads the one x of the team: it is scaled in place
+  if (p.item.mode == kWide) {  // every block reads the one x of the team: it is scaled in place
 #pragma unroll 1
     for (int64 j = threadIdx.x; j < p.count; j += THREADS)
       p.slice[j] = static_cast<C>(p.slice[j] * factor) * p.down;
@@ -61,12 +61,13 @@ __device__ __forceinline__ void gather(Team& team, const Work& p, double factor)
   }
 #pragma unroll 1
   for (int j = threadIdx.x; j < p.np; j += THREADS) {
-#if TEAM == 2
-    const C x = (p.slice - p.first)[j];
-#else
-    const int of = j / static_cast<int>(p.width);
-    const C x = team.other(p.slice, of)[j - of * static_cast<int>(p.width)];
-#endif
+    C x;
+    if (p.kind == kCluster) {
+      const int of = j / static_cast<int>(p.width);
+      x = team.other(p.slice, of)[j - of * static_cast<int>(p.width)];
+    } else {
+      x = (p.slice - p.first)[j];
+    }
     p.x[j] = static_cast<C>(x * factor) * p.down;
   }
   __syncthreads();
@@ -157,7 +158,8 @@ __device__ __forceinline__ Direction orthonormalise(Team& team, const Work& p, d
   return to;
 }
 
-__device__ __forceinline__ void run(Team& team, Work& p, const Settings& set, const Results& out) {
+__device__ __forceinline__ void run(Work& p, const Settings& set, const Results& out) {
+  Team team = {p};
   const auto sweep = [&](Measures& measures) { pass<true>(p, false, nullptr, measures); };
   if (!measure(team, p, p.share, sweep)) return give_up(p, set, out);
   Direction next = {begin(team, p, set), 0.0, 0.0, 0.0};
@@ -273,21 +275,20 @@ __device__ __forceinline__ void run(Team& team, Work& p, const Settings& set, co
 }
 
 // Lays out the memory of a block for a matrix: see the kernel. One thread does it.
-__device__ __forceinline__ void lay_out(const Team& team, const Item& item, const Settings&,
-                                        Work& p) {
-  assign(team, item, p);
+__device__ __forceinline__ void lay_out(const Item& item, const Settings&, Work& p) {
+  assign(item, p);
   const int64 most_rows = (item.m + p.size - 1) / p.size;
   int at = kControlBytes;
-#if TEAM == 2
-  p.slice = reinterpret_cast<C*>(team.memory) + p.first;
-  p.share = reinterpret_cast<C*>(team.region(p.rank) + kSlotBytes);
-#else
-  p.slice = reinterpret_cast<C*>(shared_memory() + at);
-  at += static_cast<int>(p.width * sizeof(C));
-#endif
+  if (p.kind == kGrid) {
+    p.slice = reinterpret_cast<C*>(p.memory) + p.first;
+    p.share = reinterpret_cast<C*>(p.slots) + kSlotBytes / sizeof(C);
+  } else {
+    p.slice = reinterpret_cast<C*>(shared_memory() + at);
+    at += static_cast<int>(p.width * sizeof(C));
+  }
   C* vectors = reinterpret_cast<C*>(shared_memory() + at);
-  if (p.mode() == kWide) {
-    p.x = reinterpret_cast<C*>(team.memory);
+  if (p.item.mode == kWide) {
+    p.x = reinterpret_cast<C*>(p.memory);
     p.z = p.share;
     vectors = p.z + p.groups * p.np;
   } else {
@@ -297,9 +298,7 @@ __device__ __forceinline__ void lay_out(const Team& team, const Item& item, cons
     p.ring_at = p.z_at + static_cast<int>(p.groups * p.np * sizeof(C));
     p.x = reinterpret_cast<C*>(shared_memory() + p.x_at);
     p.z = reinterpret_cast<C*>(shared_memory() + p.z_at);
-#if TEAM != 2
-    p.share = p.z;
-#endif
+    if (p.kind != kGrid) p.share = p.z;
   }
   p.v = vectors;
   p.r = p.v + p.width;

@@ -10,9 +10,9 @@
 //   sums     the Gram matrix of x, the residuals; with it, the slices of d become readable
 //
 // so it needs four barriers of the team (two more where residuals have drowned in rounding).
-// The vectors are in shared memory (TEAM 0) or in device memory, where L2 keeps them (TEAM 2); W is
-// in shared memory if it fits: then the bound is the arithmetic, 2·k products for each element of
-// W. Else it is L2, from which the later reads of a panel come.
+// The vectors are in shared memory (a block) or in device memory, where L2 keeps them (a grid); W
+// is in shared memory if it fits: then the bound is the arithmetic, 2·k products for each element
+// of W. Else it is L2, from which the later reads of a panel come.
 #pragma once
 
 #include "power_iteration_dense.cuh"
@@ -30,20 +30,21 @@ __device__ __forceinline__ Subspace* subspace() { return reinterpret_cast<Subspa
 
 // Where a block puts what it adds to sums.
 __device__ __forceinline__ double* own_sums(const Team& team) {
-  return team.size > 1 ? team.slots(team.rank) + 16 : dense()->sums;
+  return team.p.size > 1 ? team.p.slots + 16 : dense()->sums;
 }
 
 // dense()->sums ← the first `count` of own_sums, summed over the team; a barrier. Each sum is taken
 // by one warp of one block.
 __device__ __forceinline__ void sum_over_team(Team& team, int count) {
-  if (team.size > 1) {
+  const Work& p = team.p;
+  if (p.size > 1) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    double* totals = reinterpret_cast<double*>(team.memory);
+    double* totals = reinterpret_cast<double*>(p.memory);
     team.barrier();
 #pragma unroll 1
-    for (int at = team.rank * kWarps + warp; at < count; at += team.size * kWarps) {
+    for (int at = p.rank * kWarps + warp; at < count; at += p.size * kWarps) {
       double sum = 0.0;
-      for (int of = lane; of < team.size; of += 32) sum += team.slots(of)[16 + at];
+      for (int of = lane; of < p.size; of += 32) sum += team.other(p.slots, of)[16 + at];
       for (int o = 16; o > 0; o /= 2) sum += __shfl_xor_sync(kAll, sum, o);
       if (lane == 0) totals[at] = sum;
     }
@@ -272,7 +273,8 @@ __device__ __forceinline__ void give(const Work& p, const Settings& set, const R
   }
 }
 
-__device__ __forceinline__ void run(Team& team, Work& p, const Settings& set, const Results& out) {
+__device__ __forceinline__ void run(Work& p, const Settings& set, const Results& out) {
+  Team team = {p};
   const int k = set.k, side = set.power ? 2 * k : 3 * k, old = side - k;
   const auto sweep = [&](Measures& measures) {
     multiply_all<true>(p, 1, nullptr, nullptr, measures);
@@ -339,26 +341,23 @@ __device__ __forceinline__ void run(Team& team, Work& p, const Settings& set, co
     out.u[(p.item.u + p.first_row) * k + at] = y[at % k * p.item.m + at / k];
 }
 
-// Lays out the memory of a block for a matrix: see the kernel.
-__device__ __forceinline__ void lay_out(const Team& team, const Item& item, const Settings& set,
-                                        Work& p) {
-  assign(team, item, p);
-  const int64 np = p.np, k = set.k, side = set.power ? 2 * k : 3 * k;
+// Lays out the memory of a block for a matrix: see the kernel. One thread does it.
+__device__ __forceinline__ void lay_out(const Item& item, const Settings& set, Work& p) {
+  assign(item, p);
+  const int64 np = p.np, k = set.k, side = set.power ? 2 * k : 3 * k, shares = k * p.groups * np;
   Subspace* s = subspace();
-  unsigned char* memory = shared_memory() + kControlBytes + kDenseBytes;
-#if TEAM == 2
-  p.ring_at = kControlBytes + kDenseBytes;
-  memory = team.memory + kSums * sizeof(double);
-#endif
-  s->x = reinterpret_cast<C*>(memory);
+  const int at = kControlBytes + kDenseBytes;
+  s->x = reinterpret_cast<C*>(p.kind == kGrid ? p.memory + kSums * sizeof(double)
+                                              : shared_memory() + at);
   s->zx = s->x + side * np;
-#if TEAM == 2
-  p.z = reinterpret_cast<C*>(team.region(p.rank) + kSlotBytes);
   s->y = s->zx + side * np;
-#else
-  p.z = s->zx + side * np;
-  s->y = p.z + k * p.groups * np;
-  const auto bytes = reinterpret_cast<unsigned char*>(s->y + side * item.m) - shared_memory();
-  p.ring_at = static_cast<int>((bytes + 15) / 16 * 16);
-#endif
+  if (p.kind == kGrid) {
+    p.z = reinterpret_cast<C*>(p.slots) + kSlotBytes / sizeof(C);
+    p.ring_at = at;
+  } else {
+    p.z = s->y;
+    s->y = p.z + shares;
+    p.ring_at = at + static_cast<int>(((2 * side * np + shares + side * item.m) * sizeof(C) + 15) /
+                                      16 * 16);
+  }
 }

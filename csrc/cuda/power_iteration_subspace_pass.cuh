@@ -150,7 +150,7 @@ __device__ __forceinline__ void multiply_all(const Work& p, int k, const C* x, C
 #pragma unroll 1
   for (int64 j = threadIdx.x; j < k * p.groups * p.np; j += THREADS) p.z[j] = 0;
   __syncthreads();
-  if (p.mode() == kOnChip) {
+  if (p.item.mode == kOnChip) {
     multiply_panel<kShared, kMeasure>(p, 0, p.rows, k, x, y, measures);
   } else {
     const int64 panel = THREADS / (p.positions < 32 ? p.positions : 32) * kRows;

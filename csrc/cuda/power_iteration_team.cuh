@@ -3,9 +3,20 @@
 
 #include "power_iteration_numbers.cuh"
 
+enum Kind { kBlock = 0, kCluster = 1, kGrid = 2 };  // of a team: what its blocks share
 enum Mode { kOnChip = 0, kStaged = 1, kWide = 2 };
 
-// A row of the table, one per matrix.
+// A row of the first table: the matrices of a kind and size of team.
+struct Section {
+  int64 kind, size;             // blocks of a team
+  int64 teams;                  // that work side by side: number `first / size` and those behind
+  int64 first;                  // block of the first team; behind the last block comes block 0
+  int64 begin, count;           // rows of the second table
+  int64 memory, counters;       // kGrid: where its own begin
+  int64 x_bytes, region_bytes;  // kGrid: in device memory, of the team and of a block; else 0
+};
+
+// A row of the second table, one per matrix.
 struct Item {
   int64 w;       // address of W, contiguous
   int64 m, n;    //
@@ -37,7 +48,13 @@ struct Results {
 // What a block knows of the matrix it works on; in shared memory, to save registers.
 struct Work {
   Item item;
-  int rank, size;         // of the team
+  int kind, rank, size;         // of the team: of the blocks that work on the matrix
+  unsigned char* memory;        // kGrid: x [slices] of the team, then a region for each block
+  int64 x_bytes, region_bytes;  //
+  unsigned* counter;            // kGrid: of arrivals
+  unsigned target;              // at the last barrier; thread 0's
+  double* slots;                // [2, 8] of the block, which the team reads
+
   int64 first_row, rows;  // of the block
   int64 np;               // n in whole chunks: what lies beyond n is zero
   int chunks;             //
@@ -61,7 +78,6 @@ struct Work {
   C *yv, *yr, *ys;         // [rows]
   C* slice;                // [width] of the next x, up to a factor; the team reads it
 
-  __device__ __forceinline__ int mode() const { return TEAM == 2 ? item.mode : kOnChip; }
   __device__ __forceinline__ Element* ring(int64 row) const;
 };
 
@@ -77,7 +93,7 @@ struct Direction {
 struct Control {
   double parts[2][kWarps][8];  // sums of a warp
   double totals[2][8];         // of the team
-  double slots[2][8];          // of a block, for its team (TEAM 0, 1)
+  double slots[2][8];          // of a block, for its cluster
   C warp_rows[2][kWarps][8];   // a warp's part of the dot products of 8 rows
   C columns[THREADS];          // parts of the sum of shares
   double ritz[8];
@@ -104,44 +120,14 @@ constexpr int kSums = SUBSPACE ? kSide * (kSide + 1) / 2 + 2 * kMostTriples : 0;
 // What a block of a grid shows to its team, in device memory: slots, then its share of z.
 [[maybe_unused]] constexpr int64 kSlotBytes = (2 * 8 + kSums) * sizeof(double);
 
-struct Team {
-  int rank, size;         // of the blocks that work on the matrix
-  unsigned char* memory;  // TEAM 2: x [slices] of the team, then a region for each block
-  int64 x_bytes, region_bytes;
-  unsigned* counter;    // TEAM 2: of arrivals
-  unsigned target = 0;  // at the last barrier
-  unsigned parity = 0;  // of the number of reductions: what is read after one barrier is not
-                        // written before the next
-
-  __device__ __forceinline__ unsigned char* region(int of) const {
-    return memory + x_bytes + of * region_bytes;
-  }
-  __device__ __forceinline__ double* slots(int of) const {
-#if TEAM == 2
-    return reinterpret_cast<double*>(region(of));
-#elif TEAM == 1
-    return reinterpret_cast<double*>(
-        cluster_map(reinterpret_cast<unsigned char*>(control()->slots), of));
-#else
-    return control()->slots[0];
-#endif
-  }
-  // Where `mine` is in the block `of`.
-  template <class T>
-  __device__ __forceinline__ const T* other(T* mine, int of) const {
-#if TEAM == 2
-    return reinterpret_cast<const T*>(reinterpret_cast<unsigned char*>(mine) +
-                                      (of - rank) * region_bytes);
-#elif TEAM == 1
-    return reinterpret_cast<const T*>(cluster_map(reinterpret_cast<unsigned char*>(mine), of));
-#else
-    return mine;
-#endif
-  }
-
-  // All threads of the team; what was written before is visible after.
-  __device__ __forceinline__ void barrier() {
-#if TEAM == 2
+// All threads of a team of `size` blocks; what was written before is visible after. kGrid: thread 0
+// counts in `target` the arrivals that the team has waited for.
+__device__ __forceinline__ void barrier(int kind, int size, unsigned* counter, unsigned& target) {
+  if (kind == kCluster) {
+    cluster_sync();
+  } else if (kind == kBlock) {
+    __syncthreads();
+  } else {
     __syncthreads();
     if (threadIdx.x == 0) {
       target += size;
@@ -150,12 +136,22 @@ struct Team {
       }
     }
     __syncthreads();
-#elif TEAM == 1
-    cluster_sync();
-#else
-    __syncthreads();
-#endif
   }
+}
+
+struct Team {
+  Work& p;
+  unsigned parity = 0;  // of the number of reductions: what is read after one barrier is not
+                        // written before the next
+
+  // Where `mine`, which the team reads, is in the block `of`.
+  template <class T>
+  __device__ __forceinline__ const T* other(T* mine, int of) const {
+    auto* place = reinterpret_cast<unsigned char*>(mine);
+    return reinterpret_cast<const T*>(p.kind == kCluster ? cluster_map(place, of)
+                                                         : place + (of - p.rank) * p.region_bytes);
+  }
+  __device__ __forceinline__ void barrier() { ::barrier(p.kind, p.size, p.counter, p.target); }
 
   // Each value summed (or its maximum taken) over all threads of the team, known to all; a barrier.
   template <int K, bool kMaximum = false>
@@ -170,7 +166,7 @@ struct Team {
       if (lane == 0) c->parts[parity][warp][k] = value[k];
     }
     __syncthreads();
-    if (size == 1) {
+    if (p.size == 1) {
 #pragma unroll
       for (int k = 0; k < K; ++k) {
         value[k] = c->parts[parity][0][k];
@@ -181,12 +177,13 @@ struct Team {
     if (threadIdx.x < K) {
       double total = c->parts[parity][0][threadIdx.x];
       for (int w = 1; w < kWarps; ++w) total = join(total, c->parts[parity][w][threadIdx.x]);
-      slots(rank)[parity * 8 + threadIdx.x] = total;
+      p.slots[parity * 8 + threadIdx.x] = total;
     }
     barrier();
     for (int k = warp; k < K; k += kWarps) {
-      double total = lane < size ? slots(lane)[parity * 8 + k] : 0.0;  // no maximum is negative
-      for (int of = lane + 32; of < size; of += 32) total = join(total, slots(of)[parity * 8 + k]);
+      double total = 0.0;  // no maximum is negative
+      for (int of = lane; of < p.size; of += 32)
+        total = join(total, other(p.slots, of)[parity * 8 + k]);
       for (int o = 16; o > 0; o /= 2) total = join(total, __shfl_xor_sync(kAll, total, o));
       if (lane == 0) c->totals[parity][k] = total;
     }
@@ -197,9 +194,8 @@ struct Team {
 };
 
 // Which rows and columns of a matrix are the block's. One thread does it, as all of lay_out.
-__device__ __forceinline__ void assign(const Team& team, const Item& item, Work& p) {
+__device__ __forceinline__ void assign(const Item& item, Work& p) {
   p.item = item;
-  p.rank = team.rank;
   p.size = static_cast<int>(item.size);
   p.chunks = static_cast<int>((item.n + V - 1) / V);
   p.np = static_cast<int64>(p.chunks) * V;
@@ -210,6 +206,9 @@ __device__ __forceinline__ void assign(const Team& team, const Item& item, Work&
   p.first_row = item.m * p.rank / p.size;
   p.rows = item.m * (p.rank + 1) / p.size - p.first_row;
   p.w = reinterpret_cast<const Element*>(item.w) + p.first_row * item.n;
+  p.slots = p.kind == kGrid
+                ? reinterpret_cast<double*>(p.memory + p.x_bytes + p.rank * p.region_bytes)
+                : control()->slots[0];
   p.down = p.up = C(1);
   p.width = ((p.np + p.size - 1) / p.size + 7) / 8 * 8;
   p.first = p.rank * p.width;
