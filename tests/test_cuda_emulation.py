@@ -28,7 +28,7 @@ CLASSES = {
 }
 every_class = pytest.mark.parametrize("kind", list(CLASSES))
 CLASSES |= {"pair": (GRID, 2, ON_CHIP), "wide pair": (GRID, 2, WIDE)}
-ROOM = cuda.Limits(shared_bytes=300_000, blocks=12, cluster=8)
+ROOM = cuda.Limits(shared_bytes=300_000, blocks=12, clusters=((4, 3),))
 SOURCE = compiler.source("power_iteration")
 
 
@@ -40,7 +40,7 @@ def emulated(monkeypatch):
     def use(kind=None, order=0, text=None, shared_bytes=None) -> emulate.Emulator:
         emulator = emulate.use(monkeypatch, cuda, order, text)
         limits = ROOM if shared_bytes is None else ROOM._replace(shared_bytes=shared_bytes)
-        monkeypatch.setattr(cuda, "limits", lambda device: limits)
+        monkeypatch.setattr(cuda, "limits", lambda compiled: limits)
         monkeypatch.setattr(cuda, "_choose", forced(*CLASSES[kind]) if kind else choose)
         cuda.plan.cache_clear()
         return emulator

@@ -98,7 +98,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, SUBSPACE ? 1 : 2)
     unsigned* arrivals = counters + section->counters;
     unsigned target = 0;
 #pragma unroll 1
-    for (int64 index = number; index < section->count; index += teams) {
+    for (int64 index = number; index < section->items; index += teams) {
       if (threadIdx.x == 0) {
         p.kind = static_cast<int>(section->kind);
         p.rank = block % size;

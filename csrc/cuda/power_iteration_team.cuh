@@ -9,9 +9,9 @@ enum Mode { kOnChip = 0, kStaged = 1, kWide = 2 };
 // A row of the first table: the matrices of a kind and size of team.
 struct Section {
   int64 kind, size;             // blocks of a team
-  int64 teams;                  // that work side by side: number `first / size` and those behind
+  int64 teams;                  // that work side by side
   int64 first;                  // block of the first team; behind the last block comes block 0
-  int64 begin, count;           // rows of the second table
+  int64 begin, items;           // rows of the second table
   int64 memory, counters;       // kGrid: where its own begin
   int64 x_bytes, region_bytes;  // kGrid: in device memory, of the team and of a block; else 0
 };

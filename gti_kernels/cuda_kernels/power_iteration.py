@@ -1,4 +1,4 @@
-"""Top singular triples in CUDA C++: one launch for all steps of the matrices of a class.
+"""Top singular triples in CUDA C++: one launch for all matrices of a dtype and all steps.
 
 The classes stand at the head of `csrc/cuda/power_iteration.cu`: a matrix belongs to one block, to a
 cluster or to many blocks of a cooperative launch, and its rows are in shared memory if they fit.
@@ -20,16 +20,13 @@ from ..reference.phase_space import signed
 from ..tables import device_table
 from .compiler import Specialisation
 from .ragged import ELEMENT
-from .runtime import kernel, launch
+from .runtime import PORTABLE_CLUSTER, Kernel, kernel, launch
 
 STEM = ENTRY = "power_iteration"
-BLOCK, CLUSTER, GRID = 0, 1, 2  # what a team is
+BLOCK, CLUSTER, GRID = 0, 1, 2  # kinds of teams
 THREADS = 256  # of a block, in every class
 ON_CHIP, STAGED, WIDE = 0, 1, 2  # where W is read from
 
-#: Numbers of a row of the kernel's table: address, m, n, number of the matrix in the call, places
-#: in u and in v; blocks, mode, rows of a panel, panels in the ring.
-COLUMNS = 10
 SLOT_BYTES = 128  # of a block of a grid, for its sums
 
 #: Of k > 1: the most triples; bytes of a Gram matrix of 3·8 vectors and 16 more sums, and of the
@@ -39,22 +36,13 @@ SUMS_BYTES = (24 * 25 // 2 + 16) * 8
 DENSE_BYTES = 25600
 
 
-def specialisation(dtype: torch.dtype, team: int, k: int = 1) -> Specialisation:
-    """The kernel for weights of a dtype and one kind of team, for k = 1 or for any k > 1."""
-    defines = (
-        ("ELEMENT", ELEMENT[dtype]),
-        ("TEAM", team),
-        ("SUBSPACE", int(k > 1)),
-        ("THREADS", THREADS),
-    )
-    return Specialisation(ENTRY, defines, 90 if team == CLUSTER else 80)
+def specialisation(dtype: torch.dtype, k: int = 1) -> Specialisation:
+    """The kernel for weights of a dtype, for k = 1 or for any k > 1."""
+    defines = (("ELEMENT", ELEMENT[dtype]), ("SUBSPACE", int(k > 1)), ("THREADS", THREADS))
+    return Specialisation(ENTRY, defines)
 
 
-SPECIALISATIONS = tuple(
-    specialisation(dtype, team, k)
-    for dtype in ELEMENT
-    for team, k in ((BLOCK, 1), (CLUSTER, 1), (GRID, 1), (BLOCK, 2), (GRID, 2))
-)
+SPECIALISATIONS = tuple(specialisation(dtype, k) for dtype in ELEMENT for k in (1, 2))
 
 
 class Limits(NamedTuple):
@@ -62,7 +50,12 @@ class Limits(NamedTuple):
 
     shared_bytes: int  #: of a block at most
     blocks: int  #: that run at once with so much: one a multiprocessor
-    cluster: int  #: most blocks of a cluster; 0 where there are none
+    clusters: tuple[tuple[int, int], ...] = ()  #: blocks of a cluster, clusters that run at once
+
+    def with_clusters(self, size: int) -> Limits:
+        """What is left in a launch with clusters of so many blocks: they do not tile the device."""
+        at_once = dict(self.clusters)[size]
+        return Limits(self.shared_bytes, size * at_once, ((size, at_once),))
 
 
 class Problem(NamedTuple):
@@ -87,18 +80,33 @@ class Place(NamedTuple):
     region_bytes: int  # in device memory, of a block (GRID)
 
 
-class Launch(NamedTuple):
-    """Matrices of one kind of team."""
+class Section(NamedTuple):
+    """Matrices of one kind and size of team: a row of the kernel's first table."""
 
-    team: int
+    kind: int
     size: int  #: blocks of a team
-    grid: int
-    shared_bytes: int
-    team_bytes: int
+    teams: int  #: that work side by side
+    first: int  #: block of the first team
+    begin: int  #: of its matrices among all
+    items: int
+    memory: int  #: bytes before its own (GRID)
+    counters: int  #: before its own (GRID)
     x_bytes: int
     region_bytes: int
-    matrices: tuple[int, ...]  #: which of the list, largest first
+
+
+class Launch(NamedTuple):
+    """All matrices of a dtype."""
+
+    sections: tuple[Section, ...]  #: the largest teams first
+    matrices: tuple[int, ...]  #: which of the list, in each section the largest first
     places: tuple[Place, ...]
+    grid: int
+    cluster: int | None
+    cooperative: bool
+    shared_bytes: int
+    memory_bytes: int
+    counters: int
 
 
 def power_iteration(
@@ -128,47 +136,46 @@ def _launch(
     settings: tuple[int, bool, int, float, int],  # k, power, max_steps, tol, seed
     mode: int | None,
 ) -> None:
-    """All launches for weights of one dtype."""
+    """The launch for weights of one dtype."""
     dtype, device = group.tensors[0].dtype, group.u.device
     k, power, max_steps, tol, seed = settings
     shapes = tuple(tuple(w.shape) for w in group.tensors)
-    launches = plan(shapes, dtype, limits(device), k, (2 if power else 3) * k, mode)
+    if not any(batch for batch, *_ in shapes):
+        return
+    needed = specialisation(dtype, k)
+    compiled = kernel(STEM, needed.entry, needed.defines, device)
+    one = plan(shapes, dtype, limits(compiled), k, (2 if power else 3) * k, mode)
     key = tuple((w.data_ptr(), i) for w, i in zip(group.tensors, group.numbers, strict=True))
-    table = device_table(_table(key, shapes, dtype, launches), device) if launches else None
-    done = 0
-    for one in launches:
-        count = len(one.matrices)
-        teams = one.grid // one.size
-        memory = counters = None
-        if one.team == GRID:
-            memory = torch.empty(teams * one.team_bytes, dtype=torch.uint8, device=device)
-            counters = torch.zeros(count + teams, dtype=torch.int32, device=device)
-        needed = specialisation(dtype, one.team, k)
-        compiled = kernel(STEM, needed.entry, needed.defines, device)
-        launch(
-            compiled,
-            one.grid,
-            THREADS,
-            [
-                table[COLUMNS * done : COLUMNS * (done + count)],  # type: ignore[index]
-                *(count, one.size, k, int(power), max_steps, tol, seed, group.start),
-                *(memory, one.team_bytes, one.x_bytes, one.region_bytes, counters),
-                *(group.u, group.v, *out),
-            ],
-            shared_bytes=one.shared_bytes,
-            cluster=one.size if one.team == CLUSTER else None,
-            cooperative=one.team == GRID,
-        )
-        done += count
+    rows = (*one.sections, *_items(key, shapes, dtype, one))
+    sections, items = device_table(rows, device).tensor_split(
+        [len(one.sections) * len(Section._fields)]
+    )
+    memory = counters = None
+    if one.cooperative:
+        memory = torch.empty(one.memory_bytes, dtype=torch.uint8, device=device)
+        counters = torch.zeros(one.counters, dtype=torch.int32, device=device)
+    launch(
+        compiled,
+        one.grid,
+        THREADS,
+        [
+            *(sections, len(one.sections), items),
+            *(k, int(power), max_steps, tol, seed, group.start),
+            *(memory, counters, group.u, group.v, *out),
+        ],
+        shared_bytes=one.shared_bytes,
+        cluster=one.cluster,
+        cooperative=one.cooperative,
+    )
 
 
-def _table(
+def _items(
     key: tuple[tuple[int, int], ...],  # address and number of the first matrix, per tensor
     shapes: tuple[tuple[int, ...], ...],
     dtype: torch.dtype,
-    launches: tuple[Launch, ...],
-) -> tuple[tuple[int, ...], ...]:
-    """The rows of all launches, one after the other."""
+    one: Launch,
+) -> list[tuple[int, ...]]:
+    """The rows of the matrices, in the order of the launch."""
     matrices = []
     place_m = place_n = 0
     for (address, number), (batch, m, n) in zip(key, shapes, strict=True):
@@ -176,11 +183,7 @@ def _table(
             here = address + b * m * n * dtype.itemsize
             matrices.append((here, m, n, number + b, place_m, place_n))
             place_m, place_n = place_m + m, place_n + n
-    return tuple(
-        (*matrices[i], *place[:4])
-        for one in launches
-        for i, place in zip(one.matrices, one.places, strict=True)
-    )
+    return [(*matrices[i], *place[:4]) for i, place in zip(one.matrices, one.places, strict=True)]
 
 
 @lru_cache(maxsize=64)
@@ -191,39 +194,69 @@ def plan(
     k: int = 1,
     side: int = 3,
     mode: int | None = None,
-) -> tuple[Launch, ...]:
-    """The launches for tensors of shapes [B, m, n]: one for each kind and size of team.
+) -> Launch:
+    """The launch for tensors of shapes [B, m, n], which hold at least one matrix.
 
     side: vectors of the search space, 3k or (method "power") 2k.
     """
+    shapes = tuple(shape for shape in shapes if shape[0])
+
+    def choose_all(limits: Limits) -> list[tuple[int, int, Place]]:
+        return [_choose(Problem(m, n, dtype, k, side), limits, mode) for _, m, n in shapes]
+
+    chosen = choose_all(limits)
+    cluster = max((size for kind, size, _ in chosen if kind == CLUSTER), default=None)
+    if cluster:  # a launch has clusters of one size
+        limits = limits.with_clusters(cluster)
+        chosen = choose_all(limits)
     found: dict[tuple[int, int], list[tuple[int, int, Place]]] = {}
     index = 0
-    for batch, m, n in shapes:
-        if batch:
-            team, size, place = _choose(Problem(m, n, dtype, k, side), limits, mode)
-            members = found.setdefault((team, size), [])
-            members += [(-m * n, index + b, place) for b in range(batch)]
-            index += batch
-    launches = []
-    for (team, size), members in sorted(found.items(), reverse=True):
-        _, matrices, places = zip(*sorted(members, key=lambda x: x[:2]), strict=True)
-        most = max(len(members), 1) if team != GRID else min(len(members), limits.blocks // size)
-        x_bytes = max(p.x_bytes for p in places)
-        region_bytes = max(p.region_bytes for p in places)
-        launches.append(
-            Launch(
-                team,
-                size,
-                most * size,
-                max(p.shared_bytes for p in places),
-                x_bytes + size * region_bytes,
-                x_bytes,
-                region_bytes,
-                matrices,
-                places,
+    for (batch, m, n), (kind, size, place) in zip(shapes, chosen, strict=True):
+        members = found.setdefault((kind, size), [])
+        members += [(-m * n, index + b, place) for b in range(batch)]
+        index += batch
+
+    # Where no team needs the whole grid to run at once, a block has one matrix at the most, and the
+    # device balances them. Else the items are dealt to the blocks that run at once: a section
+    # begins behind the last block that the section before it gave an item.
+    cooperative = any(kind == GRID for kind, _ in found)
+    grid = _whole(sum(size * len(members) for (_, size), members in found.items()), cluster or 1)
+    if cooperative:
+        grid = min(grid, limits.blocks)
+    sections: list[Section] = []
+    matrices: list[int] = []
+    places: list[Place] = []
+    first = memory = counters = 0
+    for (kind, size), members in sorted(found.items(), reverse=True):
+        members.sort(key=lambda x: x[:2])
+        items, teams = len(members), min(len(members), grid // size)
+        x_bytes = max(place.x_bytes for *_, place in members)
+        region_bytes = max(place.region_bytes for *_, place in members)
+        if kind == CLUSTER:
+            first = _whole(first, size) % grid
+        sections.append(
+            Section(
+                *(kind, size, teams, first, len(matrices), items),
+                *(memory, counters, x_bytes, region_bytes),
             )
         )
-    return tuple(launches)
+        matrices += [i for _, i, _ in members]
+        places += [place for *_, place in members]
+        first = (first + ((items - 1) % teams + 1) * size) % grid
+        if kind == GRID:
+            memory += teams * (x_bytes + size * region_bytes)
+            counters += teams + items
+    return Launch(
+        tuple(sections),
+        tuple(matrices),
+        tuple(places),
+        grid,
+        cluster,
+        cooperative,
+        max(place.shared_bytes for place in places),
+        memory,
+        counters,
+    )
 
 
 def _choose(one: Problem, limits: Limits, mode: int | None) -> tuple[int, int, Place]:
@@ -236,7 +269,7 @@ def _choose(one: Problem, limits: Limits, mode: int | None) -> tuple[int, int, P
     whole = (GRID, limits.blocks, _team_for(one.m, limits.blocks))
     teams = [(BLOCK, 1, 1)]
     if one.k == 1:
-        teams += [(CLUSTER, size, size) for size in (8, 16) if size <= limits.cluster]
+        teams += [(CLUSTER, size, size) for size, _ in limits.clusters]
     quarter = limits.blocks // 4
     if quarter > 1:
         teams.append((GRID, quarter, _team_for(one.m, quarter)))
@@ -332,13 +365,15 @@ def _whole(x: int, unit: int) -> int:
 
 
 @lru_cache
-def limits(device: torch.device) -> Limits:
-    """What a CUDA device offers to this kernel."""
-    properties: Any = torch.cuda.get_device_properties(device)
+def limits(compiled: Kernel) -> Limits:
+    """What a kernel's device offers to it."""
+    properties: Any = torch.cuda.get_device_properties(compiled.device)
     shared = properties.shared_memory_per_block_optin
-    cluster = 0
+    clusters = []
     if properties.major >= 9:
-        needed = specialisation(torch.float32, CLUSTER)
-        compiled = kernel(STEM, needed.entry, needed.defines, device)
-        cluster = compiled.largest_cluster(THREADS, shared)
-    return Limits(shared, properties.multi_processor_count, cluster)
+        most = compiled.largest_cluster(THREADS, shared)
+        for size in (PORTABLE_CLUSTER, 2 * PORTABLE_CLUSTER):
+            at_once = compiled.clusters_at_once(size, THREADS, shared) if size <= most else 0
+            if at_once:
+                clusters.append((size, at_once))
+    return Limits(shared, properties.multi_processor_count, tuple(clusters))

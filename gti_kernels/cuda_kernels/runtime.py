@@ -74,6 +74,15 @@ class Kernel:
             stream = _stream(self.device.index, 0)
             return int(self.handle.occupancy.max_potential_cluster_size(config, stream=stream))
 
+    def clusters_at_once(self, size: int, block: Dimensions, shared_bytes: int = 0) -> int:
+        """How many clusters of so many blocks the device holds at once: times their size, the
+        largest grid of a cooperative launch with clusters."""
+        with _current(self.device.index):
+            self.allow(shared_bytes, size)
+            config = cuda_core().LaunchConfig(**options(size, block, shared_bytes, size))
+            stream = _stream(self.device.index, 0)
+            return int(self.handle.occupancy.max_active_clusters(config, stream=stream))
+
     def _set(self, attribute: Any, value: int) -> None:
         driver = _driver()
         handle = getattr(self.handle, "handle", None) or self.handle._handle

@@ -1,9 +1,9 @@
 // Runs a CUDA kernel on the CPU, thread by thread, to test its logic: what a source of csrc/cuda
 // needs of CUDA, for g++. A thread is a fiber with a stack of its own; at a barrier, a shuffle or
 // in a wait loop it hands over to the next. Finds wrong results, accesses outside of shared memory,
-// misaligned vectors, copies read too early, deadlocks; and, since the order of the fibers can be
-// chosen, barriers that are missing, where the order shows. It does not know the memory model: no
-// proof against races.
+// misaligned vectors, copies read too early, shared memory of a block that has ended, deadlocks;
+// and, since the order of the fibers can be chosen, barriers that are missing, where the order
+// shows. It does not know the memory model: no proof against races.
 #pragma once
 
 #include <string.h>
@@ -60,7 +60,8 @@ struct Block {
   unsigned char* shared = nullptr;
   std::vector<unsigned char> memory;
   Barrier barrier;
-  int yes[2] = {};  // of __syncthreads_count, this one and the one before
+  int yes[2] = {};       // of __syncthreads_count, this one and the one before
+  unsigned running = 0;  // threads that have not come to their end
   Barrier* cluster = nullptr;
   Block* first_of_cluster = nullptr;
   std::vector<Warp> warps;
@@ -171,6 +172,7 @@ inline void (*kernel_entry)(void*) = nullptr;
 inline void fiber_main() {
   kernel_entry(kernel_call);
   current->done = true;
+  --current->block->running;
   ++progress;
   yield();
 }
@@ -234,7 +236,7 @@ const char* launch(void (*kernel)(Args...), unsigned blocks, unsigned threads, u
       block.memory.assign(shared_bytes + 2 * kGuardBytes + 16, 0xff);  // NaN to whoever reads it
       const auto address = reinterpret_cast<uintptr_t>(block.memory.data());
       block.shared = block.memory.data() + kGuardBytes + (16 - address % 16) % 16;
-      block.barrier.expected = threads;
+      block.barrier.expected = block.running = threads;
       block.cluster = &clusters[b / cluster];
       block.cluster->expected = threads * cluster;
       block.first_of_cluster = &all[b / cluster * cluster];
@@ -357,8 +359,10 @@ inline bool arrived(const unsigned* counter, unsigned target) {
 }
 inline void cluster_sync() { emulation::current->block->cluster->wait(); }
 inline unsigned char* cluster_map(unsigned char* place, int rank) {
-  const emulation::Block* block = emulation::current->block;
-  return block->first_of_cluster[rank].shared + (place - block->shared);
+  const emulation::Block *block = emulation::current->block,
+                         *other = block->first_of_cluster + rank;
+  if (other->running == 0) emulation::fail("shared memory of a block that has ended");
+  return other->shared + (place - block->shared);
 }
 
 // With -fsanitize=alignment, in place of its library.
