@@ -4,6 +4,8 @@ cuda_emulation/, with 64 threads a block. What only a GPU can show is in test_gp
 from __future__ import annotations
 
 import math
+import random
+from collections import Counter
 
 import pytest
 import torch
@@ -34,14 +36,14 @@ SOURCE = compiler.source("power_iteration")
 
 @pytest.fixture
 def emulated(monkeypatch):
-    """emulated(kind or None, order, text, shared_bytes): the backend "cuda" runs in the emulation,
-    with every matrix in one class, or where the plan puts it."""
+    """emulated(kind or None, order, text, limits): the backend "cuda" runs in the emulation, with
+    every matrix in one class, or where the plan puts it."""
 
-    def use(kind=None, order=0, text=None, shared_bytes=None) -> emulate.Emulator:
+    def use(kind=None, order=0, text=None, limits=ROOM) -> emulate.Emulator:
         emulator = emulate.use(monkeypatch, cuda, order, text)
-        limits = ROOM if shared_bytes is None else ROOM._replace(shared_bytes=shared_bytes)
         monkeypatch.setattr(cuda, "limits", lambda compiled: limits)
-        monkeypatch.setattr(cuda, "_choose", forced(*CLASSES[kind]) if kind else choose)
+        chosen = forced(*CLASSES.get(kind, kind)) if kind else choose
+        monkeypatch.setattr(cuda, "_choose", chosen)
         cuda.plan.cache_clear()
         return emulator
 
@@ -232,7 +234,7 @@ def test_same_bits_for_any_order_of_threads(emulated, kind):
 
 def test_mixed_dtypes_batches_and_odd_addresses(emulated):
     """One launch for each dtype; a batch of matrices that begin at odd addresses."""
-    emulator = emulated(shared_bytes=20_000)
+    emulator = emulated(limits=ROOM._replace(shared_bytes=20_000))
     ws = [normal(30, 41), normal(12, 16, torch.float64), normal(200, 130), normal(9, 9).half()]
     r = run(ws, max_steps=60, tol=1e-5)
     for i, w in enumerate(ws):
@@ -249,7 +251,141 @@ def test_mixed_dtypes_batches_and_odd_addresses(emulated):
     assert empty.sigma.shape == (0, 1)
 
 
+# ---- one launch for all classes -----------------------------------------------------------------
+
+# In the one list 14 blocks run at once in clusters of 2, in the other there are 9 blocks: quarters
+# of 3 and of 2, beside which 2 and 1 are left over. Shapes from a block to more than fits, some of
+# them as often as a team has to take several.
+MIXED = cuda.Limits(shared_bytes=12_000, blocks=15, clusters=((2, 7),))
+MIXED_K = cuda.Limits(shared_bytes=44_000, blocks=9)
+BLOCKS = [(9, 20), (7, 33), (40, 40), (1, 5), *((4 + i, 11) for i in range(13))]
+MIXED_SHAPES = [(50, 60), (31, 301), *5 * [(80, 60)], *BLOCKS, *2 * [(90, 33)], (200, 100)]
+MIXED_SHAPES += [(16, 2000), *2 * [(120, 70)], (51, 60)]
+MIXED_K_SHAPES = [(9, 20), *5 * [(80, 60)], (200, 100), (25, 40), (50, 60), (120, 70), (7, 33)]
+
+
+@pytest.mark.parametrize(
+    "dtype, k", [(torch.float32, 1), (torch.bfloat16, 1), (torch.float32, 3), (torch.bfloat16, 2)]
+)
+def test_a_list_of_all_classes_is_one_launch(emulated, dtype, k):
+    """Each matrix gets the bits that it gets alone in its class, in any order of the threads."""
+    limits, shapes = (MIXED, MIXED_SHAPES) if k == 1 else (MIXED_K, MIXED_K_SHAPES)
+    ws = [normal(m, n, dtype, seed) for seed, (m, n) in enumerate(shapes)]
+    bad = [shapes.index((80, 60)), shapes.index((7, 33))]
+    for i in bad:
+        ws[i][5, 3] = math.nan
+    settings = {"k": k, "max_steps": 4, "tol": 0.0}
+    start = gti.power_iteration([w.double() for w in ws], backend="reference", k=k, max_steps=1)
+    start = start._replace(v=[v.float() for v in start.v])
+    results = []
+    for order in (0, 1, 7):
+        emulator = emulated(order=order, limits=limits)
+        results.append(run(ws, start=start, **settings))
+        # The class of each matrix; all blocks wait for each other.
+        assert emulator.launches == [
+            {"grid": 14 if k == 1 else 9, "cluster": 2 if k == 1 else None, "cooperative": True}
+        ]
+    assert bits(results[0]) == bits(results[1]) == bits(results[2])
+    together = results[0]
+
+    one = cuda.plan(tuple((1, *s) for s in shapes), dtype, limits, k, 3 * k)
+    teams = [(GRID, 14), (GRID, 3), (CLUSTER, 2), (BLOCK, 1)]
+    assert [s[:2] for s in one.sections] == (
+        teams if k == 1 else [(GRID, 9), (GRID, 2), (BLOCK, 1)]
+    )
+    assert any(s.items > s.teams > 1 for s in one.sections)
+    modes = {place.mode for place in one.places}
+    assert modes == ({ON_CHIP, STAGED, WIDE} if k == 1 else {ON_CHIP})
+    for section in one.sections:
+        for at in range(section.begin, section.begin + section.items):
+            i, place = one.matrices[at], one.places[at]
+            emulated((section.kind, section.size, place.mode), limits=limits)
+            alone = run([ws[i]], start=start._replace(v=[start.v[i]]), **settings)
+            assert torch.equal(alone.u[0].nan_to_num(7.0), together.u[i].nan_to_num(7.0)), i
+            assert torch.equal(alone.v[0].nan_to_num(7.0), together.v[i].nan_to_num(7.0)), i
+            assert torch.equal(alone.sigma[0].nan_to_num(7.0), together.sigma[i].nan_to_num(7.0))
+            assert torch.equal(alone.upper[0].nan_to_num(7.0), together.upper[i].nan_to_num(7.0))
+
+    exact = gti.power_iteration(
+        [w.double() for w in ws], backend="reference", start=start, **settings
+    )
+    assert together.sigma.isnan().nonzero()[:, 0].unique().tolist() == sorted(bad)
+    assert torch.allclose(together.sigma.double(), exact.sigma, rtol=1e-4, equal_nan=True)
+
+
+def test_matrices_of_a_block_and_of_a_cluster_do_not_wait_for_the_grid(emulated):
+    """A block has one matrix at the most: the device puts the next where one has ended."""
+    shapes = [(50, 60), (9, 20), (90, 33), (7, 33), (40, 40)]
+    ws = [normal(m, n, seed=m) for m, n in shapes]
+    emulator = emulated(limits=MIXED)
+    r = run(ws, tol=1e-5)
+    assert emulator.launches == [{"grid": 8, "cluster": 2, "cooperative": False}]
+    for i, w in enumerate(ws):
+        assert abs(r.sigma[i] / torch.linalg.svdvals(w)[0] - 1) < 1e-5
+
+
+def test_a_list_of_all_classes_where_there_are_no_clusters(emulated):
+    emulator = emulated(limits=MIXED._replace(clusters=()))
+    ws = [normal(m, n, seed=m) for m, n in ((50, 60), (9, 20), (200, 100), (80, 60), (16, 2000))]
+    r = run(ws, tol=1e-5)
+    assert emulator.launches == [{"grid": 15, "cluster": None, "cooperative": True}]
+    for i, w in enumerate(ws):
+        assert abs(r.sigma[i] / torch.linalg.svdvals(w)[0] - 1) < 1e-5
+
+
 # ---- the plan -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_every_item_has_one_team_and_memory_of_its_own(seed):
+    """The blocks of a section as the kernel counts them."""
+    draw = random.Random(seed)
+    heights = (8, 64, 500, 768, 1000, 3072)
+    shapes = [
+        (draw.choice((0, 1, 2, 9)), draw.choice(heights), 8 * draw.randint(1, 200))
+        for _ in range(draw.randint(1, 8))
+    ]
+    shapes.append((1, 9, 9))
+    clusters = draw.choice(((), ((8, 15),), ((8, 15), (16, 7))))
+    limits = cuda.Limits(draw.choice((232_448, 100_000)), draw.choice((132, 78)), clusters)
+    dtype, k = draw.choice((torch.float32, torch.bfloat16)), draw.choice((1, 1, 2))
+    one = cuda.plan(tuple(shapes), dtype, limits, k, 3 * k)
+    assert sorted(one.matrices) == list(range(sum(batch for batch, *_ in shapes)))
+    at_once = dict(limits.clusters)[one.cluster] * one.cluster if one.cluster else limits.blocks
+    assert one.grid <= at_once or not one.cooperative
+    assert one.grid % (one.cluster or 1) == 0
+    begin = memory = counters = 0
+    for s in one.sections:
+        assert (s.begin, s.memory, s.counters) == (begin, memory, counters)
+        begin += s.items
+        taken = Counter()
+        for block in range(one.grid):
+            number, rank = divmod((block + one.grid - s.first) % one.grid, s.size)
+            if number < s.teams:
+                taken.update((index, rank) for index in range(number, s.items, s.teams))
+                assert s.kind != CLUSTER or rank == block % one.cluster
+        assert taken == {(i, rank): 1 for i in range(s.items) for rank in range(s.size)}
+        if s.kind == GRID:
+            memory += s.teams * (s.x_bytes + s.size * s.region_bytes)
+            counters += s.teams + s.items
+        for place in one.places[s.begin : begin]:
+            assert place.size <= s.size and (place.size == s.size or s.kind == GRID)
+            assert place.x_bytes <= s.x_bytes and place.region_bytes <= s.region_bytes
+            assert place.shared_bytes <= one.shared_bytes <= limits.shared_bytes
+    assert (begin, memory, counters) == (len(one.matrices), one.memory_bytes, one.counters)
+
+
+def test_work_is_dealt_to_the_blocks_in_turn():
+    """A section begins behind the last block that the one before it gave an item."""
+    limits = cuda.Limits(shared_bytes=232_448, blocks=132, clusters=((8, 15), (16, 7)))
+    # 3072 x 768: a quarter, 30 of 120 blocks; 768 x 768: a cluster; 64 x 576: a block.
+    one = cuda.plan(((1, 3072, 768), (12, 768, 768), (50, 64, 576)), torch.bfloat16, limits)
+    assert one.cooperative and (one.grid, one.cluster) == (120, 8)
+    assert [(s.kind, s.size, s.first) for s in one.sections] == [
+        (GRID, 30, 0),
+        (CLUSTER, 8, 32),
+        (BLOCK, 1, 8),
+    ]
 
 
 def test_plan_for_a_large_device():
@@ -296,7 +432,7 @@ def test_a_mode_can_be_asked_for(emulated):
     assert [one["cooperative"] for one in emulator.launches] == [False, False, True, True]
     for sigma, *_ in results:
         assert torch.allclose(sigma, results[0][0], rtol=1e-6)
-    emulated(shared_bytes=3000)
+    emulated(limits=ROOM._replace(shared_bytes=3000))
     with pytest.raises(ValueError, match=rf"\[40, 64\] of torch.float32 .*mode {ON_CHIP}"):
         cuda.power_iteration(ws, 1, "cg", 12, 0.0, None, 0, ON_CHIP)
 
