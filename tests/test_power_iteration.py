@@ -10,6 +10,7 @@ import torch
 import gti_kernels as gti
 from gti_kernels import testing
 from gti_kernels.conventions import compute_dtype
+from gti_kernels.ops import power_iteration as ops
 from gti_kernels.reference.power_iteration import start_vectors
 
 BACKENDS = ("cpu", "reference")
@@ -447,6 +448,18 @@ def test_no_gram_matrix_where_it_does_not_pay(options):
     start = gti.power_iteration(w)
     note = gti.explain("power_iteration", w, start=start).note
     assert note == NO_GRAM.replace("at random", "from the earlier result")
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_on_a_gpu_no_gram_matrix_is_formed_and_explain_says_so(backend):
+    w = numbers(2, 64, 9001, dtype=torch.float32)
+    start = gti.power_iteration(w, max_steps=1)
+    note = ops.note(backend, w)
+    assert note.startswith("2 of 2 matrices start at random: on a GPU none from the Gram matrix")
+    warm = ops.note(backend, w, start=start)
+    assert warm == note.replace("at random", "from the earlier result")
+    with pytest.raises(ValueError, match="max_steps"):
+        ops.note(backend, w, max_steps=0)
 
 
 NO_GRAM = "0 of 1 matrices start from the Gram matrix of their short side, the others at random"

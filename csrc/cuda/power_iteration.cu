@@ -1,6 +1,6 @@
-// Largest singular triples (σ, u, v) of every matrix of a list: one launch for all matrices of a
-// team size and for all steps. Each matrix stops on its own; the host is never asked. Here stand
-// the classes and the kernel; the rest is in
+// Largest singular triples (σ, u, v) of every matrix of a list: one launch for all of a dtype and
+// for all steps. Each matrix stops on its own; the host is never asked. Here stand the classes and
+// the kernel; the rest is in
 //
 //   power_iteration_numbers.cuh   copies, arrivals and numbers of the machine
 //   power_iteration_team.cuh      what a block knows of its matrix; barriers and sums of a team
@@ -21,31 +21,35 @@
 // so a step needs two barriers of the team (one or two more where the residual has drowned in
 // rounding). Every sum has a fixed order and nothing is added atomically: same input, same bits.
 //
-// Classes, by the macro TEAM and the mode of an item; bytes that a step must move and what bounds
+// Classes, by the kind of team and the mode of an item; bytes that a step must move and what bounds
 // it:
 //
-//   TEAM 0, on chip      a block a matrix. W and all vectors in shared memory: no device memory at
-//                        all. Bound by two sweeps over the W in shared memory at 128 bytes a clock
-//                        and multiprocessor, and by the latency of about six block barriers.
-//   TEAM 1, on chip      a cluster a matrix, the same per block; shares of z and slices of x go
-//                        through distributed shared memory: 2·n·sizeof(C) bytes a block.
-//                        Bound by the latency of two cluster barriers for small slices.
-//   TEAM 2, on chip      many blocks a matrix, W in their shared memory; shares and slices go
-//                        through L2: 3·n·sizeof(C) a block. Bound by two barriers in L2 (a few µs).
-//   TEAM 2, staged       W streams through a ring in shared memory: m·n·sizeof(T) bytes from L2
-//                        where the matrix stays there, else from device memory, whose bandwidth is
-//                        the bound.
-//   TEAM 2, wide         not even a row fits: a panel of rows is read twice, the second time from
-//                        L1 or L2. Bound by L2, about half the bandwidth of the staged mode.
+//   block, on chip    a block a matrix. W and all vectors in shared memory: no device memory at
+//   all.
+//                     Bound by two sweeps over the W in shared memory at 128 bytes a clock and
+//                     multiprocessor, and by the latency of about six block barriers.
+//   cluster, on chip  a cluster a matrix (sm_90 and later), the same per block; shares of z and
+//                     slices of x go through distributed shared memory: 2·n·sizeof(C) bytes a
+//                     block. Bound by the latency of two cluster barriers for small slices.
+//   grid, on chip     many blocks a matrix, W in their shared memory; shares and slices go through
+//                     L2: 3·n·sizeof(C) a block. Bound by two barriers in L2 (a few µs).
+//   grid, staged      W streams through a ring in shared memory: m·n·sizeof(T) bytes from L2 where
+//                     the matrix stays there, else from device memory, whose bandwidth is the
+//                     bound.
+//   grid, wide        not even a row fits: a panel of rows is read twice, the second time from L1
+//   or
+//                     L2. Bound by L2, about half the bandwidth of the staged mode.
+//
+// What kind a team is, is known at run time and the same for all of its blocks: it decides where
+// the memory is that a team shares, and what a barrier is. The passes over W do not ask.
 //
 // Once per matrix comes a sweep that measures W (its norms, whether it is finite, its scale): as
 // many bytes as a step. On chip, the only read of device memory is that W is loaded once.
 //
-// k > 1 has TEAM 0 on chip, with all vectors in shared memory too, and TEAM 2 on chip and wide,
+// k > 1 has a block on chip, with all vectors in shared memory too, and a grid on chip and wide,
 // with the vectors in device memory, where L2 keeps them.
 //
-// Macros: ELEMENT, see elements.cuh; TEAM 0 block, 1 cluster, 2 grid; SUBSPACE 0 for k = 1, 1 for
-// k > 1; THREADS.
+// Macros: ELEMENT, see elements.cuh; SUBSPACE 0 for k = 1, 1 for k > 1; THREADS.
 
 #ifndef THREADS
 #define THREADS 256
@@ -58,15 +62,16 @@
 #include "power_iteration_step.cuh"
 #endif
 
-// All blocks run the sections of the launch one after the other, the largest teams first. A section
-// cuts the grid into teams of `size` blocks, from its first block on; team t takes the items t,
-// t + teams, …; blocks that are left over go on to the next section. A block waits for its own team
-// alone, and all take the sections in the same order, so nobody waits in a circle; where teams have
-// several blocks, all of them run at once: a cluster does, and with kGrid the launch is
-// cooperative.
+// All blocks go through the sections in order, the largest teams first. A section cuts the blocks,
+// from its first on, into teams; team t takes the items t, t + teams, …; who is in no team goes on
+// to the next section. A block waits for its own team alone, and the order is the same for all, so
+// that no wait is in a circle; and the blocks of a team run at once: those of a cluster always do,
+// and where a section is of kind kGrid the launch is cooperative. A cluster of a section is one of
+// the launch.
 //
-// The barrier after an item is the last moment when others read memory of a block: then it may
-// leave, or overwrite it. Teams of a grid have memory and counters of their own in each section.
+// The barrier after an item is the end of all reading of what others have: after it a block may
+// overwrite its memory, or end. Teams of a grid have memory and counters of their own in each
+// section.
 //
 // k = 1. Shared memory of a block: Control; slice [width] (unless kGrid); and unless wide: v, r, s
 // and images, x [np], z [groups, np], W. Device memory, kGrid: for each team x [width · blocks],

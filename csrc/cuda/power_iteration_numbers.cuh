@@ -47,7 +47,7 @@ __device__ __forceinline__ unsigned char* cluster_map(unsigned char* place, int 
   asm("mapa.u64 %0, %1, %2;" : "=l"(other) : "l"(place), "r"(rank));
   return other;
 }
-#else  // no clusters, and none in a launch
+#else  // there are no clusters, and no launch has any
 __device__ __forceinline__ void cluster_sync() {}
 __device__ __forceinline__ unsigned char* cluster_map(unsigned char* place, int) { return place; }
 #endif

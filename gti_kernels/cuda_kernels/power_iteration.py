@@ -2,7 +2,9 @@
 
 The classes stand at the head of `csrc/cuda/power_iteration.cu`: a matrix belongs to one block, to a
 cluster or to many blocks of a cooperative launch, and its rows are in shared memory if they fit.
-The plan of a list of shapes says which; it is made once and kept.
+The plan of a list of shapes says which; it is made once and kept. Clusters leave some
+multiprocessors of a device out: beside them the largest teams have fewer blocks, so their sums
+are rounded otherwise than in a list without clusters.
 """
 
 from __future__ import annotations
