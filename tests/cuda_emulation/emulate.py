@@ -22,7 +22,9 @@ COMPILE = ("g++", "-std=c++20", "-Og", "-fPIC", "-fsanitize=alignment", "-Wno-un
            "-ffp-contract=off")  # fmt: skip  # what is to be fused is written as fma
 _folder = tempfile.TemporaryDirectory(prefix="cuda_emulation")
 
-Order = int  #: 0: threads in the order of their numbers, 1: the other way round, more: shuffled
+#: 0: threads in the order of their numbers, 1: the other way round, more: shuffled; −1: block by
+#: block, each as far as it gets without the others.
+Order = int
 
 
 class Emulator:

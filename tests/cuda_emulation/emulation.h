@@ -177,25 +177,33 @@ inline void fiber_main() {
   yield();
 }
 
-// Fibers in the order of their numbers (0), the other way round (1), or shuffled anew each round.
+// Fibers in the order of their numbers (0), the other way round (1), or shuffled anew each round;
+// or block by block (−1), each as far as it gets without the others.
 inline void run(std::vector<Fiber>& fibers, int order) {
   std::vector<size_t> turn(fibers.size());
   for (size_t i = 0; i < turn.size(); ++i) turn[i] = order == 1 ? turn.size() - 1 - i : i;
   uint64_t random = static_cast<uint64_t>(order);
   size_t left = fibers.size();
+  const size_t group = order < 0 ? block_size.x : left;
   for (int idle = 0; left > 0 && idle < 100;) {
     const uint64_t before = progress;
     for (size_t i = turn.size() - 1; order > 1 && i > 0; --i) {
       random = random * 6364136223846793005u + 1442695040888963407u;
       std::swap(turn[i], turn[(random >> 33) % (i + 1)]);
     }
-    for (size_t i : turn) {
-      Fiber& fiber = fibers[i];
-      if (fiber.done || (fiber.waits_for && *fiber.waits_for == fiber.seen)) continue;
-      fiber.waits_for = nullptr;
-      current = &fiber;
-      switch_fibers(scheduler, fiber);
-      left -= fiber.done;
+    for (size_t first = 0; first < turn.size(); first += group) {
+      uint64_t came_to;
+      do {
+        came_to = progress;
+        for (size_t i = first; i < first + group; ++i) {
+          Fiber& fiber = fibers[turn[i]];
+          if (fiber.done || (fiber.waits_for && *fiber.waits_for == fiber.seen)) continue;
+          fiber.waits_for = nullptr;
+          current = &fiber;
+          switch_fibers(scheduler, fiber);
+          left -= fiber.done;
+        }
+      } while (order < 0 && progress != came_to);
     }
     idle = progress == before ? idle + 1 : 0;
   }
