@@ -12,7 +12,7 @@ from cuda_sources import AXPY
 
 import gti_kernels as gti
 from gti_kernels import testing
-from gti_kernels.cuda_kernels import compiler, runtime
+from gti_kernels.cuda_kernels import compiler, power_iteration, runtime
 from gti_kernels.ops.results import Result
 from gti_kernels.rows import BUILT, BY_NAME, ROWS
 
@@ -135,6 +135,28 @@ def test_power_iteration_in_a_cuda_graph(backend, k, method, dtype):
         assert len(expected) == 5 + 2 * len(shapes)  # u and v are lists
         for a, b in zip(flat(captured), expected, strict=True):
             assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_power_iteration_of_a_list_of_all_classes_is_one_launch(monkeypatch, dtype):
+    """A block, a cluster, a quarter of the device and all of it, on chip and streaming."""
+    need("cuda")
+    shapes = ((64, 576), (768, 768), (300, 7), (3072, 768), (4096, 4096), (16, 100_000), (512, 512))
+    weights = [torch.randn(s, device="cuda").to(dtype) for s in shapes]
+    launches, launch = [], power_iteration.launch
+
+    def counted(*args, **options):
+        launches.append(options)
+        launch(*args, **options)
+
+    monkeypatch.setattr(power_iteration, "launch", counted)
+    options = {"max_steps": 30, "tol": 0.0}
+    found = gti.power_iteration(weights, **options, backend="cuda")
+    assert [one["cooperative"] for one in launches] == [True]
+    exact = gti.power_iteration([w.double() for w in weights], **options, backend="reference")
+    torch.testing.assert_close(found.sigma.double(), exact.sigma, rtol=1e-3, atol=0)
+    again = gti.power_iteration(weights, **options, backend="cuda")
+    assert all(torch.equal(a, b) for a, b in zip(flat(found), flat(again), strict=True))
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
@@ -449,6 +471,21 @@ def test_clusters_of_8_and_of_as_many_as_the_device_allows(axpy):
         got = torch.zeros(4 * size, dtype=torch.int32, device="cuda")
         runtime.launch(kernel, 4 * size, 128, [got], cluster=size)
         assert got.eq(size).all()
+
+
+def test_a_cooperative_launch_with_clusters_runs_all_blocks_at_once(axpy):
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("clusters need compute capability 9.0")
+    kernel = axpy("everyone")
+    shared = torch.cuda.get_device_properties(0).shared_memory_per_block_optin
+    for size in {8, kernel.largest_cluster(128, shared)}:
+        blocks = size * kernel.clusters_at_once(size, 128, shared)
+        assert blocks >= size
+        seen = torch.zeros(blocks, dtype=torch.int32, device="cuda")
+        counter = torch.zeros(1, dtype=torch.int32, device="cuda")
+        options = {"shared_bytes": shared, "cluster": size, "cooperative": True}
+        runtime.launch(kernel, blocks, 128, [counter, seen], **options)
+        assert seen.eq(blocks).all()
 
 
 def test_tensors_of_another_device_are_refused(axpy):
