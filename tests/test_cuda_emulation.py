@@ -634,3 +634,11 @@ def test_the_emulation_finds_deadlocks_and_writes_outside(emulated, monkeypatch)
     monkeypatch.setattr(cuda, "launch", one_by_one)
     with pytest.raises(RuntimeError, match="deadlock"):
         run([normal(90, 264)], max_steps=2)
+
+
+def test_the_emulation_finds_shared_memory_of_a_block_that_has_ended(emulated):
+    """As where blocks of a cluster do not wait for each other at the end of a matrix."""
+    text = without("barrier(static_cast<int>(section->kind), size, arrivals + number, target);")
+    emulated("cluster", -1, text)
+    with pytest.raises(RuntimeError, match="a block that has ended"):
+        run([normal(40, 30)], max_steps=2)
