@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import random
+import types
 from collections import Counter
 
 import pytest
@@ -434,6 +435,32 @@ def test_a_mode_can_be_asked_for(emulated):
     emulated(limits=ROOM._replace(shared_bytes=3000))
     with pytest.raises(ValueError, match=rf"\[40, 64\] of torch.float32 .*mode {ON_CHIP}"):
         cuda.power_iteration(ws, 1, "cg", 12, 0.0, None, 0, ON_CHIP)
+
+
+@pytest.mark.parametrize(
+    "major, at_once, clusters",
+    [(8, {}, ()), (9, {8: 15}, ((8, 15),)), (9, {8: 15, 16: 7}, ((8, 15), (16, 7)))],
+)
+def test_limits_of_a_device(monkeypatch, major, at_once, clusters):
+    class Compiled:
+        device = torch.device("cuda:0")
+
+        def largest_cluster(self, block, shared_bytes):
+            return max(at_once)
+
+        def clusters_at_once(self, size, block, shared_bytes):
+            assert (block, shared_bytes) == (cuda.THREADS, 232_448)
+            return at_once[size]
+
+    properties = types.SimpleNamespace(
+        major=major, shared_memory_per_block_optin=232_448, multi_processor_count=132
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    found = cuda.limits(Compiled())
+    assert found == cuda.Limits(232_448, 132, clusters)
+    for size, count in clusters:
+        beside = found.with_clusters(size)
+        assert (beside.blocks, beside.clusters) == (size * count, ((size, count),))
 
 
 def test_more_triples_than_the_kernel_finds():

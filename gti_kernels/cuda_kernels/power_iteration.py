@@ -148,10 +148,8 @@ def _launch(
     compiled = kernel(STEM, needed.entry, needed.defines, device)
     one = plan(shapes, dtype, limits(compiled), k, (2 if power else 3) * k, mode)
     key = tuple((w.data_ptr(), i) for w, i in zip(group.tensors, group.numbers, strict=True))
-    rows = (*one.sections, *_items(key, shapes, dtype, one))
-    sections, items = device_table(rows, device).tensor_split(
-        [len(one.sections) * len(Section._fields)]
-    )
+    table = device_table((*one.sections, *_items(key, shapes, dtype, one)), device)
+    items = len(one.sections) * len(Section._fields)  # where their rows begin
     memory = counters = None
     if one.cooperative:
         memory = torch.empty(one.memory_bytes, dtype=torch.uint8, device=device)
@@ -161,7 +159,7 @@ def _launch(
         one.grid,
         THREADS,
         [
-            *(sections, len(one.sections), items),
+            *(table, len(one.sections), table[items:]),
             *(k, int(power), max_steps, tol, seed, group.start),
             *(memory, counters, group.u, group.v, *out),
         ],
