@@ -36,6 +36,10 @@ def run_samples(op: str, backend: str) -> None:
             if op == "power_iteration":
                 several = [w for w in args[0] if min(w.shape[0], w[0].numel()) > 2]
                 gti.power_iteration(several, **kwargs, k=3, backend=backend)
+        if op == "power_iteration":  # a block, a cluster, a quarter of the device and all of it
+            shapes = (20, 30), (300, 301), (1100, 1000), (9, 30_000)
+            ws = [torch.randn(s, device="cuda").to(dtype) for s in shapes]
+            gti.power_iteration(ws, max_steps=2, backend=backend)
 
 
 wanted = sys.argv[1:] or PARTS

@@ -24,10 +24,9 @@
 // Classes, by the kind of team and the mode of an item; bytes that a step must move and what bounds
 // it:
 //
-//   block, on chip    a block a matrix. W and all vectors in shared memory: no device memory at
-//   all.
-//                     Bound by two sweeps over the W in shared memory at 128 bytes a clock and
-//                     multiprocessor, and by the latency of about six block barriers.
+//   block, on chip    a block a matrix. W and all vectors in shared memory, nothing in device
+//                     memory. Bound by two sweeps over the W in shared memory at 128 bytes a clock
+//                     and multiprocessor, and by the latency of about six block barriers.
 //   cluster, on chip  a cluster a matrix (sm_90 and later), the same per block; shares of z and
 //                     slices of x go through distributed shared memory: 2·n·sizeof(C) bytes a
 //                     block. Bound by the latency of two cluster barriers for small slices.
@@ -37,8 +36,7 @@
 //                     the matrix stays there, else from device memory, whose bandwidth is the
 //                     bound.
 //   grid, wide        not even a row fits: a panel of rows is read twice, the second time from L1
-//   or
-//                     L2. Bound by L2, about half the bandwidth of the staged mode.
+//                     or L2. Bound by L2, about half the bandwidth of the staged mode.
 //
 // What kind a team is, is known at run time and the same for all of its blocks: it decides where
 // the memory is that a team shares, and what a barrier is. The passes over W do not ask.
