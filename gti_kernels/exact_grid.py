@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, get_num_threads
 
 from . import backends
-from .exact_moves import DRIFT, KICK, SCALING, Moves
+from .exact_moves import DRIFT, KICK, SCALING, Move, Moves
 from .layouts import allocate, laid_out_like, layout
 from .reference import phase_space as reference
 
@@ -101,13 +101,14 @@ class Grid:
                 grads = [q.grad for q in self.space.params]  # held: an error reads them again
             skipped = missing(grads)
             if self.space.takes_back and self._undoes_kick(kick, damp):
-                energy = self.take_back_kick(op, grads)
+                _, energy = self.take_back_kick(op, grads)
                 if drift is None:
                     return energy
                 kick, damp = None, 1.0
         if self.space.takes_back and kick is None and self._undoes_drift(drift):
             return self.take_back_drift(op)[1]
-        return self._forward(op, kick, damp, drift, grads, skipped)
+        log = 0 if kick is None else _log_of(damp)
+        return self._forward(op, kick, log, drift, grads, skipped)
 
     def _undoes_drift(self, drift: float) -> bool:
         last = self.moves.last()
@@ -126,11 +127,10 @@ class Grid:
         )
 
     def _forward(
-        self, op: str, kick: Any, damp: Any, drift: Any, grads: Any, skipped: tuple[int, ...]
+        self, op: str, kick: Any, log: int, drift: Any, grads: Any, skipped: tuple[int, ...]
     ) -> Tensor:
         self._check_versions(op)
         kicks, drifts = kick is not None, drift is not None
-        log = _log_of(damp) if kicks else 0
         self._scale(op, log, skipped)
         numbers = (kick if kicks else 0.0, drift if drifts else 0.0)
         try:
@@ -153,8 +153,8 @@ class Grid:
         self.space.step_count += drifts
         return energy
 
-    def take_back_kick(self, op: str, grads: Sequence[Tensor | None]) -> Tensor:
-        """Undoes the last move, a kick, which had these gradients."""
+    def take_back_kick(self, op: str, grads: Sequence[Tensor | None]) -> tuple[Move, Tensor]:
+        """Undoes the last move, a kick, which had these gradients; returns it."""
         self._check_versions(op)
         last, skipped = self._last(op, KICK, "a kick"), missing(grads)
         numbers = (last.step, 0.0, grads, last.skipped)
@@ -175,7 +175,11 @@ class Grid:
         self._scale(op, -last.log, last.skipped)
         self.moves.pop()
         self.space.skipped = skipped
-        return energy
+        return last, energy
+
+    def redo_kick(self, op: str, move: Move, grads: Sequence[Tensor | None]) -> None:
+        """Makes again what `take_back_kick` returned."""
+        self._forward(op, move.step, move.log, None, grads, missing(grads))
 
     def take_back_drift(self, op: str) -> tuple[float, Tensor]:
         """Undoes the last move, a drift; returns its step, and the kinetic energy."""
@@ -231,11 +235,10 @@ class Grid:
             self.versions = self._versions()
         return result
 
-    def check(self, op: str) -> None:
-        """Raises where a kick with the parameters' `.grad` cannot be, overflow aside."""
+    def check(self, op: str, kicks: bool) -> None:
         self._check_versions(op)
-        if self.plan is None or backends.compiled is None or not self.plan.ready():
-            self.space.checked(op, None, True)
+        if not kicks or self.plan is None or backends.compiled is None or not self.plan.ready():
+            self.space.checked(op, None, kicks)
 
     def scale_(self, factor: float) -> None:
         """p ← factor·p for all tensors."""

@@ -15,6 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from . import backends, device_plans
 from .conventions import fan_in_inverse_mass
 from .exact_grid import Grid, missing
+from .exact_moves import Move
 from .interrupts import Uninterrupted
 from .layouts import allocate, is_dense, laid_out_like, layout, words
 from .ops.arguments import (
@@ -238,12 +239,20 @@ class PhaseSpace:
         """
         return self._step("kick_drift_", kick, damp, drift, grads)
 
-    def undo_kick_(self, grads: Grads | None = None) -> None:
-        """With exact=True: takes the last move back, which was a kick with these gradients."""
+    def undo_kick_(self, grads: Grads | None = None) -> Move:
+        """With exact=True: takes the last move back, which was a kick with these gradients; returns
+        it, for `redo_kick_`."""
         grid = self._grid("undo_kick_")
         every = [q.grad for q in self.params] if grads is None else list(grads)
         with self._whole():
-            grid.take_back_kick("undo_kick_", every)
+            return grid.take_back_kick("undo_kick_", every)[0]
+
+    def redo_kick_(self, move: Move, grads: Grads | None = None) -> None:
+        """With exact=True: makes again what `undo_kick_` with these gradients has taken back."""
+        grid = self._grid("redo_kick_")
+        every = [q.grad for q in self.params] if grads is None else list(grads)
+        with self._whole():
+            grid.redo_kick("redo_kick_", move, every)
 
     def undo_drift_(self) -> float:
         """With exact=True: takes the last move back, which was a drift; returns its step."""
@@ -383,9 +392,9 @@ class PhaseSpace:
             None if g is None else laid_out_like(q, g.detach()) for q, g in zip(self.params, every)
         ]
 
-    def check_kick(self, op: str) -> None:
-        """Raises what a kick with the parameters' `.grad` would raise, overflow aside."""
-        self._engine.check(op)
+    def check(self, op: str, *, kicks: bool) -> None:
+        """Raises what a drift would raise, or a kick with the parameters' `.grad`; but overflow."""
+        self._engine.check(op, kicks)
 
     def _check_layouts(self, op: str) -> None:
         """Raises where a parameter is not what it was when the plan was made."""
@@ -542,9 +551,9 @@ class _Floats:
         space.step_count += drifts
         return energy
 
-    def check(self, op: str) -> None:
-        if self.plan is None or backends.compiled is None or not self.plan.ready():
-            self.space.checked(op, None, True)
+    def check(self, op: str, kicks: bool) -> None:
+        if not kicks or self.plan is None or backends.compiled is None or not self.plan.ready():
+            self.space.checked(op, None, kicks)
 
     def scale_(self, factor: Any) -> None:
         if self.p:

@@ -93,6 +93,7 @@ class BAOAB(PhaseOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
+        self._check_rate(group, "friction")
         for name in ("temperature", "friction"):
             if finite("BAOAB", name, group[name]) < 0.0:
                 raise ValueError(f"BAOAB: {name} must be >= 0, got {group[name]}")

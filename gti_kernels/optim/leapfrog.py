@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..interrupts import Uninterrupted
 from ..ops.arguments import finite
 from ..ops.leapfrog import stage_sizes
 from .phase_optimizer import Closure, PhaseOptimizer
@@ -110,7 +112,8 @@ class Leapfrog(PhaseOptimizer):
         self._walked = WalkedSteps()  # with exact
         self._unfinished: Step | None = None  # the last step with exact; or one that is half undone
         self._numbers: list[list[tuple[Any, Any, Any]]] = []  # of one that is half undone
-        self._owed_before: list[Any] = []  # before the stage, with exact
+        self._moved: list[bool] = []  # of each group in the present stage: whether it drifts
+        self._known: tuple[Any, ...] = ()  # before the step: what `_unbegin` restores
         defaults = {
             "lr": dt if isinstance(dt, Tensor) else finite("Leapfrog", "dt", dt),
             "inv_mass": inv_mass,
@@ -126,6 +129,7 @@ class Leapfrog(PhaseOptimizer):
         loss: of step() without closure, the loss whose gradient is in grad, for `energy` and the
         cap; nothing waits for its value.
         """
+        self._known = self._loss, list(self._before), self._initial_energy
         if closure is None:
             if len(self._fractions) > 1:
                 raise ValueError(
@@ -147,32 +151,31 @@ class Leapfrog(PhaseOptimizer):
         closure raises, the next `reverse` goes on from there.
         """
         self._check_groups()
-        with self._whole():
-            if self._unfinished is None:
+        with Uninterrupted():
+            if self._unfinished is None or not self._unfinished[1]:
                 self._unfinished = self._last_step()
         owed, stages = self._unfinished
         self._before = []
         while stages:
-            stage = stages[-1]
-            with self._whole():
+            stage, last = stages[-1], len(stages) - 1
+            with Uninterrupted():
+                for space in self.phase_spaces[: len(stage)]:
+                    space.check("reverse", kicks=False)
                 for i, drifts in enumerate(stage):
                     if drifts:
-                        h = self._undo_drift(i, len(stages) - 1)
+                        h = self._undo_drift(i, last)
                         half = self._half_damp(self.param_groups[i], h)
                         # for a step, should closure raise
                         self._owed[i] = -0.5 * h / half, 1.0 / half
                         stage[i] = False
             self._potential(closure)
-            with self._whole():
-                for i, drifts in enumerate(stage):
-                    if drifts is not None:
-                        self._kinetic[i] = None
-                        self._undo_kick(i, len(stages) - 1)
-                        stage[i] = None
+            with Uninterrupted():
+                self._kinetic = [None] * len(self._kinetic)
+                self._undo_kicks(len(stage), last)
                 stages.pop()
-        with self._whole():
-            self._owed[: len(owed)] = owed  # groups added since have not walked
-            self._unfinished = None
+                if not stages:
+                    self._owed[: len(owed)] = owed  # groups added since have not walked
+                    self._unfinished = None
         self._remember(closure)
         return self._potential(closure)
 
@@ -183,7 +186,7 @@ class Leapfrog(PhaseOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        finite("Leapfrog", "damping", group["damping"])
+        self._check_rate(group, "damping")
 
     def _half_damp(self, group: dict[str, Any], h: Any) -> Any:
         exponent = -0.5 * group["damping"] * h
@@ -195,42 +198,51 @@ class Leapfrog(PhaseOptimizer):
             if self._unfinished is not None and self._unfinished[1]:
                 self._walked.push(*self._unfinished)
             self._unfinished = tuple(self._owed), []
-        else:
-            self._unfinished = None
         return factor
 
     def _move(self, i: int, kick: Any, h: Any, damp: Any) -> Tensor:
-        try:
-            kinetic = self.phase_spaces[i].kick_drift_(kick, h, damp=damp)
-        except OverflowError:
-            self._take_back_groups(i)
-            raise
-        self._walk(i, True)
+        kinetic = self.phase_spaces[i].kick_drift_(kick, h, damp=damp)
+        self._moved.append(True)
         return kinetic
 
     def _kick(self, i: int, kick: Any, damp: Any) -> None:
         super()._kick(i, kick, damp)
-        self._walk(i, False)
+        self._moved.append(False)
+
+    def _each(self, move: Callable[..., None], *numbers: Any) -> None:
+        """One stage, of each group; with exact of none if one cannot take it."""
+        self._moved, owed = [], list(self._owed)
+        if not self._exact:
+            super()._each(move, *numbers)
+            self._unfinished = None
+            return
+        assert self._unfinished is not None  # since `_begin_step`
+        try:
+            super()._each(move, *numbers)
+        except BaseException:
+            for space, drifts in zip(self.phase_spaces, self._moved):
+                if drifts:
+                    space.undo_drift_()
+                space.undo_kick_()
+            self._owed, self._kinetic = owed, [None] * len(owed)
+            if not self._unfinished[1]:
+                self._unbegin()
+            raise
+        self._unfinished[1].append(self._moved)
 
     # ---- the way back ----------------------------------------------------------------------------
 
-    def _walk(self, i: int, drifts: bool) -> None:
+    def _undo_stages(self, closure: Closure) -> None:
         if self._exact and self._unfinished is not None:
-            stages = self._unfinished[1]
-            if i == 0:
-                stages.append([])
-                self._owed_before = list(self._owed)
-            stages[-1].append(drifts)
+            self.reverse(closure)
+            self._unbegin()
 
-    def _take_back_groups(self, n: int) -> None:
-        """Undoes the stage for the groups before the n-th, which cannot take it."""
-        if not n or self._unfinished is None:
-            return
-        self._unfinished[1].pop()
-        for space in self.phase_spaces[:n]:
-            space.undo_drift_()
-            space.undo_kick_()
-        self._owed[:n], self._kinetic[:n], self._before = self._owed_before[:n], [None] * n, []
+    def _unbegin(self) -> None:
+        """The step has not been; q, p and what they owe are as before it."""
+        self._loss, self._before, self._initial_energy = self._known
+        self._unfinished = self._evaluated = None
+        if self._energy_cap is not None:
+            self._engagements.add_(self._over, alpha=-1)
 
     def _last_step(self) -> Step:
         """The last step with exact; else what a step of the present lr and damping would have done
@@ -267,18 +279,28 @@ class Leapfrog(PhaseOptimizer):
         space.drift_(-h, skipped=space.skipped)
         return h
 
-    def _undo_kick(self, i: int, stage: int) -> None:
-        space = self.phase_spaces[i]
+    def _undo_kicks(self, groups: int, stage: int) -> None:
+        """Takes back the kicks of a stage; an error leaves all of them as they were."""
+        spaces = self.phase_spaces[:groups]
         if self._exact:
-            space.undo_kick_()
+            moves: list[Any] = []
+            try:
+                for space in spaces:
+                    moves.append(space.undo_kick_())
+            except BaseException:
+                for space, move in zip(spaces, moves):
+                    space.redo_kick_(move)
+                raise
             return
-        if tuple([j for j, q in enumerate(space.params) if q.grad is None]) != space.skipped:
-            raise RuntimeError(
-                "reverse: the gradients that are None are not those of the step walked back, which "
-                "has already moved the parameters. Use exact=True, which remembers them"
-            )
-        kick, _, damp = self._numbers[stage][i]
-        space.kick_(-kick / damp, damp=1.0 / damp)
+        for space in spaces:
+            if tuple([j for j, q in enumerate(space.params) if q.grad is None]) != space.skipped:
+                raise RuntimeError(
+                    "reverse: the gradients that are None are not those of the step walked back, "
+                    "which has already moved the parameters. Use exact=True, which remembers them"
+                )
+        self._check_kicks()
+        for space, (kick, _, damp) in zip(spaces, self._numbers[stage]):
+            space.kick_(-kick / damp, damp=1.0 / damp)
 
     def _cap(self, loss: Tensor | None) -> Tensor | None:
         if self._energy_cap is None:
@@ -287,13 +309,14 @@ class Leapfrog(PhaseOptimizer):
             raise ValueError(
                 "step: energy_cap needs the loss; call step(closure) or step(loss=loss)"
             )
+        self.phase_spaces[0].check("Leapfrog", kicks=True)  # before it counts
         kinetic = self._total([self._kinetic_energy(i) for i in range(len(self.phase_spaces))])
         potential = self._potential_energy(loss)
         energy = kinetic + potential
         if self._initial_energy is None:
             self._initial_energy = energy
         limit = self._energy_cap * self._initial_energy
-        over = energy > limit
+        self._over = over = energy > limit
         self._engagements.add_(over)
         room = (limit - potential).clamp(min=_EPSILON)
         return torch.where(over, (room / kinetic.clamp(min=_EPSILON)).sqrt(), 1.0)

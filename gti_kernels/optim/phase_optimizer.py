@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -58,6 +57,15 @@ class PhaseOptimizer(torch.optim.Optimizer):
             device = lr.device  # it is read
         scalars(name, [torch.empty(0, device=device)], lr=lr)
 
+    def _check_rate(self, group: dict[str, Any], name: str) -> None:
+        """Raises for a rate of decay over whose step exp(−rate·lr) would overflow."""
+        rate, h = finite(type(self).__name__, name, group[name]), self._step_size(group)
+        if not isinstance(h, Tensor) and abs(rate * h) > 300.0:
+            raise ValueError(
+                f"{type(self).__name__}: |{name}·lr| must be at most 300, as momenta decay by "
+                f"exp(−{name}·lr), got {name}={rate}, lr={h}"
+            )
+
     def _half_damp(self, group: dict[str, Any], h: Any) -> Any:
         """The factor of p over half a stage of size h."""
         return 1.0
@@ -77,53 +85,63 @@ class PhaseOptimizer(torch.optim.Optimizer):
         self._check_groups()
         self._check_kicks()
         potential = None if loss is None else self._as_loss("loss", loss)
-        with self._whole():
+
+        def move(i: int, factor: Tensor | None) -> None:
+            group = self.param_groups[i]
+            h, before = self._step_size(group), self._kinetic_energy(i)
+            if factor is not None:
+                before = before * factor.to(before.device).square()
+            elif before.is_cuda:
+                before = before.clone()  # its memory gets the new one
+            owed = self._owed[i] or (0.5 * h, self._half_damp(group, h))
+            kick, damp, left = self._stage(group, owed, h, synchronised=False)
+            self._before[i:] = [(before, _quotient(owed[0], kick))]
+            self._advance(i, kick, h, damp, factor)
+            self._leave(i, left)
+
+        with Uninterrupted():
             factor = self._begin_step(potential)
             self._loss, self._evaluated = potential, None
-            for i, group in enumerate(self.param_groups):
-                h, before = self._step_size(group), self._kinetic_energy(i)
-                if factor is not None:
-                    before = before * factor.to(before.device).square()
-                elif before.is_cuda:
-                    before = before.clone()  # its memory gets the new one
-                owed = self._owed[i] or (0.5 * h, self._half_damp(group, h))
-                kick, damp, left = self._stage(group, owed, h, synchronised=False)
-                self._before[i:] = [(before, _quotient(owed[0], kick))]
-                self._advance(i, kick, h, damp, factor)
-                self._leave(i, left)
+            self._each(move, factor)
 
     def _closure_step(self, closure: Closure, fractions: Sequence[float]) -> Tensor:
         """Kick, motion and kick per fraction of a step; p and q end at the same time."""
         self._check_groups()
         start = self._potential(closure)
-        self._check_kicks()
-        with self._whole():
-            factor = self._begin_step(start)
-        for stage, w in enumerate(fractions):
+
+        def move(i: int, w: float | None, factor: Tensor | None) -> None:
+            owed, group = self._owed[i] or (0.0, 1.0), self.param_groups[i]
+            if w is None:
+                self._kick(i, *owed)
+                self._owed[i] = 0.0, 1.0
+                return
+            h = w * self._step_size(group)
+            kick, damp, left = self._stage(group, owed, h, synchronised=True)
+            self._advance(i, kick, h, damp, factor)
+            self._leave(i, left)
+
+        for stage, w in enumerate((*fractions, None)):  # None: the kick at the end
             if stage:
                 self._potential(closure)
-                self._check_kicks()
-            self._before, self._evaluated = [], None
-            with self._whole():
-                for i, group in enumerate(self.param_groups):
-                    h = w * self._step_size(group)
-                    owed = self._owed[i] or (0.0, 1.0)
-                    kick, damp, left = self._stage(group, owed, h, synchronised=True)
-                    self._advance(i, kick, h, damp, factor)
-                    self._leave(i, left)
-            factor = None
-        self._potential(closure)
-        self._check_kicks()
-        with self._whole():
-            for i, rest in enumerate(self._owed):
-                self._kick(i, *(rest or (0.0, 1.0)))
-                self._owed[i] = 0.0, 1.0
+            self._check_kicks()
+            try:
+                with Uninterrupted():
+                    factor = None if stage else self._begin_step(start)
+                    self._before, self._evaluated = [], None
+                    self._each(move, w, factor)
+            except OverflowError:
+                self._undo_stages(closure)
+                raise
         self._remember(closure)
         return start
 
-    def _whole(self) -> AbstractContextManager[None]:
-        """Ctrl-C waits where the way back needs each kick and drift on record."""
-        return Uninterrupted() if self._exact else nullcontext()
+    def _each(self, move: Callable[..., None], *numbers: Any) -> None:
+        """One stage, of each group."""
+        for i in range(len(self.phase_spaces)):
+            move(i, *numbers)
+
+    def _undo_stages(self, closure: Closure) -> None:
+        """Takes back the stages of a step that cannot go on, where that can be."""
 
     def _step_size(self, group: dict[str, Any]) -> Any:
         """dt: a float; or a 0-d tensor where reading it would wait for a device."""
@@ -179,9 +197,9 @@ class PhaseOptimizer(torch.optim.Optimizer):
             self._check_group(group)
 
     def _check_kicks(self) -> None:
-        if len(self.phase_spaces) > 1:  # or the first group would move before the second objects
-            for space in self.phase_spaces:
-                space.check_kick(type(self).__name__)
+        """The first group objects before it moves, and exact ones are taken back."""
+        for space in self.phase_spaces[len(self.phase_spaces) if self._exact else 1 :]:
+            space.check(type(self).__name__, kicks=True)
 
     # ---- closures --------------------------------------------------------------------------------
 

@@ -11,8 +11,8 @@ from ..exact_moves import bytes_of, tensor_of
 
 Owed = tuple[float, float]
 #: What each group owed before the step; and for each stage, of each group that took it, whether
-#: there is a drift after the kick. None: both have been undone.
-Step = tuple[tuple[Owed | None, ...], list[list[bool | None]]]
+#: there is a drift after the kick.
+Step = tuple[tuple[Owed | None, ...], list[list[bool]]]
 
 
 class WalkedSteps:
@@ -30,7 +30,7 @@ class WalkedSteps:
     def __len__(self) -> int:
         return len(self.steps)
 
-    def push(self, owed: tuple[Owed | None, ...], stages: list[list[bool | None]]) -> None:
+    def push(self, owed: tuple[Owed | None, ...], stages: list[list[bool]]) -> None:
         """Appends a step."""
         kind = owed, tuple(map(tuple, stages))
         place = self.places.setdefault(kind, len(self.kinds))
