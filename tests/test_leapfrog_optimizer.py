@@ -6,10 +6,7 @@ import contextlib
 import copy
 import io
 import math
-import os
 import pickle
-import signal
-import sys
 import weakref
 
 import pytest
@@ -560,79 +557,6 @@ def test_exact_steps_of_any_lr_walk_back(form):
     for closure in reversed(closures):
         optimizer.reverse(closure)
     assert same(grid_state(optimizer), start)
-
-
-def test_a_step_that_one_group_cannot_take_moves_none():
-    a, b = parameter(1.0, 2.0), parameter(3.0)
-    optimizer = gti.optim.Leapfrog(
-        [{"params": [a]}, {"params": [b]}], 0.1, exact=True, momentum="gaussian"
-    )
-    potential = lambda: a.sin().sum() + b.sin().sum()  # noqa: E731
-    run(optimizer, potential, 1)
-    before = grid_state(optimizer)
-    a.grad, b.grad = torch.ones_like(a), torch.full_like(b, 1e30)
-    with pytest.raises(OverflowError, match="smaller dt"):
-        optimizer.step()
-    assert same(grid_state(optimizer), before)
-    run(optimizer, potential, 1)
-    optimizer.reverse(closure_of(optimizer, potential))
-    assert same(grid_state(optimizer), before)
-
-
-@pytest.mark.parametrize("form", ["closure", "staggered"])
-def test_ctrl_c_anywhere_loses_no_bit(form):
-    """A signal at each line that an exact step runs; then further steps, and back to the start."""
-    package, point = os.path.dirname(gti.__file__), 0
-    while True:
-        q = parameter(0.3, -1.2)
-        optimizer = gti.optim.Leapfrog([q], 0.1, damping=0.3, energy_cap=1.0, exact=True)
-        closure = closure_of(optimizer, lambda q=q: 5.0 + q.sin().sum())
-        start = grid_state(optimizer)
-
-        def step(optimizer=optimizer, closure=closure):
-            if form == "closure":
-                optimizer.step(closure)
-            else:
-                optimizer.step(loss=closure())
-
-        step()
-        with interrupted(package, point, signal.SIGINT) as reached:
-            step()
-        for _ in range(2):
-            step()
-        while optimizer._walked or (optimizer._unfinished and optimizer._unfinished[1]):
-            optimizer.reverse(closure)
-        assert same(grid_state(optimizer), start), point
-        if not reached():
-            break
-        point += 7  # of several hundred lines
-    assert point > 100
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-@contextlib.contextmanager
-def interrupted(package, point, number):
-    """Sends this process the signal before the line of the package that is the point-th to run."""
-    count = -1
-
-    def trace(frame, event, _):
-        nonlocal count
-        if not frame.f_code.co_filename.startswith(package):
-            return None
-        if event == "line":
-            count += 1
-            if count == point:
-                signal.raise_signal(number)
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        yield lambda: count >= point
-    except KeyboardInterrupt:
-        pass
-    finally:
-        sys.settrace(before)
 
 
 def test_a_saved_exact_walk_is_loaded_whole_or_not_at_all():

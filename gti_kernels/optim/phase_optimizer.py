@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ..phase_space import PhaseSpace
 Closure = Callable[[], Any]
 Owed = tuple[Any, Any]  #: floats, or 0-d tensors on a device
 _SAVED = "phase_space"  #: the one key in the `state` of a state_dict
+_ANEW = "Make a new optimizer, or add them by add_param_group"
 
 
 class PhaseOptimizer(torch.optim.Optimizer):
@@ -193,8 +195,18 @@ class PhaseOptimizer(torch.optim.Optimizer):
         return -1.0 if self.param_groups[i].get("maximize") else 1.0
 
     def _check_groups(self) -> None:
-        for group in self.param_groups:
+        if len(self.param_groups) != len(self.phase_spaces):
+            raise RuntimeError(
+                f"param_groups: expected the {len(self.phase_spaces)} groups that were added, got "
+                f"{len(self.param_groups)}. {_ANEW}"
+            )
+        for i, (group, space) in enumerate(zip(self.param_groups, self.phase_spaces)):
             self._check_group(group)
+            params = group["params"]
+            if len(params) != len(space.params) or not all(map(is_, params, space.params)):
+                raise RuntimeError(
+                    f"param_groups[{i}]: expected the params that were added, got others. {_ANEW}"
+                )
 
     def _check_kicks(self) -> None:
         """The first group objects before it moves, and exact ones are taken back."""
@@ -216,9 +228,10 @@ class PhaseOptimizer(torch.optim.Optimizer):
         """0-d, in memory of its own: a loss overwritten later must not change the energy."""
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             return torch.full((), value, dtype=torch.float64, device=self._device)
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"{name}: expected a number or a tensor of one element, got {got}")
+        if not isinstance(value, Tensor) or value.numel() != 1 or value.is_complex():
+            shown = isinstance(value, Tensor)
+            got = f"{tuple(value.shape)} of {value.dtype}" if shown else type(value).__name__
+            raise TypeError(f"{name}: expected a real number or tensor of one element, got {got}")
         return value.detach().reshape(()).to(self._device, copy=True)
 
     def _remember(self, closure: Closure) -> None:
@@ -345,7 +358,8 @@ class PhaseOptimizer(torch.optim.Optimizer):
             )
         self.__dict__.update(state.pop("settings", {}))
         spaces = []
-        for i, (group, plan) in enumerate(zip(state["param_groups"], saved["plans"])):
+        plans = zip(state["param_groups"], saved["plans"], strict=True)
+        for i, (group, plan) in enumerate(plans):
             self._check_group(group)
             spaces.append(self._plan(group, i, "zeros"))
             spaces[i].check_state_dict(plan)
