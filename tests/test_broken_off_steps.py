@@ -21,6 +21,14 @@ def one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_raises():
+    """A process that a shell has begun in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def two_groups(**options):
     """The gradient of one parameter may be None, which then is not damped with the others."""
     a, b, c = parameter(0.3, -1.2), parameter(0.5), parameter(0.7, 0.1)

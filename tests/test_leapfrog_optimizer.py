@@ -886,6 +886,39 @@ def test_grad_scaler_unscales_and_skips():
     torch.testing.assert_close(optimizer.energy(), plain.energy())
 
 
+def test_a_step_within_torch_compile_is_the_step():
+    """Where the compiler breaks its graphs, an exact walk must not lose its way back."""
+    ends = []
+    for wrap in (lambda f: f, lambda f: torch.compile(f, backend="eager")):
+        a, b = parameter(0.3, -1.2), parameter(0.5)
+        options = dict(damping=0.1, energy_cap=1.0, exact=True, momentum="gaussian")
+        optimizer = gti.optim.Leapfrog([{"params": [a]}, {"params": [b]}], 0.1, **options)
+        closure = closure_of(optimizer, lambda a=a, b=b: 4.0 + a.sin().sum() + b.cos().sum())
+        step, start = wrap(optimizer.step), grid_state(optimizer)
+        for _ in range(3):
+            step(loss=closure())
+        ends.append(grid_state(optimizer))
+        for _ in range(3):
+            optimizer.reverse(closure)
+        assert same(grid_state(optimizer), start)
+    assert same(*ends)
+
+
+def test_a_plain_way_back_ends_where_a_group_was_added():
+    a, b = parameter(1.0), parameter(2.0)
+    optimizer = gti.optim.Leapfrog([a], 0.1)
+    closure = closure_of(optimizer, lambda: a.sin().sum() + b.sin().sum())
+    optimizer.step(closure)
+    optimizer.add_param_group({"params": [b]})
+    before = values([a, b])
+    with pytest.raises(RuntimeError, match="a step to walk back"):
+        optimizer.reverse(closure)
+    assert same(values([a, b]), before)
+    optimizer.step(closure)
+    optimizer.reverse(closure)
+    torch.testing.assert_close([a.detach(), b.detach()], before, rtol=1e-14, atol=1e-14)
+
+
 def test_a_module_under_distributed_data_parallel(tmp_path):
     if not torch.distributed.is_available():
         pytest.skip("torch was built without torch.distributed")

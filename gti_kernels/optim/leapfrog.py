@@ -65,11 +65,15 @@ class Leapfrog(PhaseOptimizer):
     A parameter whose grad is None is skipped: it keeps its momentum and stays, as in torch's
     optimizers. Sparse gradients are refused. Works with
     GradScaler, gradient accumulation, DistributedDataParallel and LR schedulers. A closure that
-    raises leaves a state from which the next step goes on: p owes what the interrupted one had
-    left. Move the model to its device before.
+    raises, or whose gradients are refused, and Ctrl-C leave a state from which the next step goes
+    on: p owes what the interrupted one had left. Ctrl-C waits until all groups have moved. Move the
+    model to its device before.
 
     Raises:
         TypeError, ValueError: argument, expectation, what came; no tensor is touched.
+        OverflowError: with exact, the step would leave the grid. It has not been made: for a kick
+            after the first one of step(closure), the closure is called again where the step began.
+        RuntimeError: the plan is stale; parameters were moved, or exchanged in param_groups.
 
     >>> import torch, gti_kernels as gti
     >>> q = torch.nn.Parameter(torch.tensor([1.0, 0.0], dtype=torch.float64))
@@ -148,7 +152,8 @@ class Leapfrog(PhaseOptimizer):
         either form, returns every bit, whatever lr, damping, cap and the set of gradients that are
         None were. Else this undoes, up to rounding, a step of the present form, lr, damping and set
         (another set is refused); momenta that the energy cap has scaled stay scaled. Where the
-        closure raises, the next `reverse` goes on from there.
+        closure raises, or its gradients are refused, no group takes its kick back, and the next
+        `reverse` goes on from there: positions may be those before the kick already.
         """
         self._check_groups()
         with Uninterrupted():
@@ -165,7 +170,7 @@ class Leapfrog(PhaseOptimizer):
                     if drifts:
                         h = self._undo_drift(i, last)
                         half = self._half_damp(self.param_groups[i], h)
-                        # for a step, should closure raise
+                        # for a step, should closure raise or give another gradient
                         self._owed[i] = -0.5 * h / half, 1.0 / half
                         stage[i] = False
             self._potential(closure)
