@@ -8,7 +8,8 @@ from typing import Any
 
 
 class Uninterrupted:
-    """`with Uninterrupted():` — a Ctrl-C that comes inside is raised at the end, of the outermost.
+    """`with Uninterrupted():` — a Ctrl-C that comes inside is raised at the end; at that of the
+    outermost, where the handler of an inner one is `_note` of another.
 
     Signals reach the main thread alone, so in others there is nothing to do.
     """
@@ -18,8 +19,7 @@ class Uninterrupted:
         self._came: tuple[Any, ...] | None = None
         if threading.current_thread() is threading.main_thread():
             handler = _signal.getsignal(_signal.SIGINT)
-            inside = getattr(handler, "__func__", None) is Uninterrupted._note
-            if callable(handler) and not inside:  # else Python raises nothing
+            if callable(handler):  # else Python raises nothing
                 self._handler = handler
                 _signal.signal(_signal.SIGINT, self._note)
 

@@ -150,10 +150,10 @@ class Leapfrog(PhaseOptimizer):
         The closure is that of the step walked back: it is called at both ends of a step(closure),
         and at the positions before a step() without one. With `exact` any number of steps, of
         either form, returns every bit, whatever lr, damping, cap and the set of gradients that are
-        None were. Else this undoes, up to rounding, a step of the present form, lr, damping and set
-        (another set is refused); momenta that the energy cap has scaled stay scaled. Where the
-        closure raises, or its gradients are refused, no group takes its kick back, and the next
-        `reverse` goes on from there: positions may be those before the kick already.
+        None were. Else this undoes, up to rounding, a step that did not break off, of the present
+        form, lr, damping and set (another set is refused); momenta that the energy cap has scaled
+        stay scaled. Where the closure raises, or its gradients are refused, no group takes that
+        kick back, though positions may have gone back; the next `reverse` goes on from there.
         """
         self._check_groups()
         with Uninterrupted():
