@@ -65,7 +65,7 @@ def everything(optimizer):
 
 def alike(x, y):
     if isinstance(x, torch.Tensor):
-        return torch.equal(x, y)
+        return isinstance(y, torch.Tensor) and torch.equal(x, y)
     if isinstance(x, dict):
         return x.keys() == y.keys() and all(alike(x[k], y[k]) for k in x)
     if isinstance(x, (list, tuple)):

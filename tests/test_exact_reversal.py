@@ -164,6 +164,10 @@ def test_every_bit_returns_when_gradients_come_and_go(backend):
                 space.kick_(-h / damp, damp=1 / damp, grads=grads(other))
         assert same_bits(everything(), there)
         if t % 2:
+            moves = space.state_dict()["moves"]
+            space.redo_kick_(space.undo_kick_(grads(skipped)), grads(skipped))
+            assert same_bits(everything(), there)
+            assert str(space.state_dict()["moves"]) == str(moves)
             space.undo_kick_(grads(skipped))
         else:
             space.kick_(-h / damp, damp=1 / damp, grads=grads(skipped))
