@@ -157,7 +157,7 @@ class Leapfrog(PhaseOptimizer):
         """
         self._check_groups()
         with Uninterrupted():
-            if self._unfinished is None or not self._unfinished[1]:
+            if self._unfinished is None:
                 self._unfinished = self._last_step()
         owed, stages = self._unfinished
         self._before = []
@@ -200,7 +200,7 @@ class Leapfrog(PhaseOptimizer):
     def _begin_step(self, loss: Tensor | None) -> Tensor | None:
         factor = self._cap(loss)
         if self._exact:
-            if self._unfinished is not None and self._unfinished[1]:
+            if self._unfinished is not None:
                 self._walked.push(*self._unfinished)
             self._unfinished = tuple(self._owed), []
         return factor
