@@ -13,6 +13,7 @@ import torch
 from test_leapfrog_optimizer import closure_of, grid_state, parameter, same, values
 
 import gti_kernels as gti
+from gti_kernels.exact_moves import DRIFT, KICK
 from gti_kernels.interrupts import Uninterrupted
 
 
@@ -401,6 +402,35 @@ def test_ctrl_c_anywhere_in_reverse_loses_nothing(form, exact, number):
         return lambda: optimizer.reverse(closure), check
 
     every_point(17, start)
+
+
+def test_ctrl_c_anywhere_in_an_exact_plan_loses_no_bit():
+    def start():
+        q, p = torch.tensor([0.3, -1.2]), torch.tensor([0.5, 0.1])
+        space = gti.PhaseSpace(q, inv_mass=0.7, momentum=p, exact=True)
+
+        def act():
+            space.kick_drift_(0.1, 0.1, damp=0.9, grads=[q.sin()])
+            space.scale_momenta_(0.5)
+            space.scale_momenta_(2.0)
+            space.undo_drift_()
+            space.redo_kick_(space.undo_kick_([q.sin()]), [q.sin()])
+            space.scale_momenta_(0.5)
+
+        def check():
+            while (move := space._engine.moves.last()) is not None:
+                if move.kind == KICK:
+                    space.undo_kick_([q.sin()])
+                elif move.kind == DRIFT:
+                    space.undo_drift_()
+                else:
+                    space.scale_momenta_(2.0)
+            assert torch.equal(q, torch.tensor([0.3, -1.2])) and torch.equal(space.momenta[0], p)
+            assert space.step_count == space._engine.log == 0
+
+        return act, check
+
+    every_point(3, start)
 
 
 def test_ctrl_c_waits_for_the_outermost():

@@ -15,6 +15,7 @@ from torch import nn
 
 import gti_kernels as gti
 from gti_kernels.models.simple_cnn import SimpleCNN
+from gti_kernels.optim.walked_steps import WalkedSteps
 
 F64 = torch.float64
 
@@ -579,6 +580,16 @@ def test_a_saved_exact_walk_is_loaded_whole_or_not_at_all():
         assert [q._version for q in others] == versions
 
 
+def test_steps_that_are_alike_are_kept_once_after_loading_too():
+    walked = WalkedSteps()
+    for _ in range(3):
+        walked.push(((0.1, 1.0),), [[True]])
+    walked = WalkedSteps.of(walked.state())
+    walked.push(((0.1, 1.0),), [[True]])
+    assert len(walked) == 4 and len(walked.kinds) == 1
+    assert walked.pop() == (((0.1, 1.0),), [[True]])
+
+
 def test_exact_walk_back_in_another_process():
     """Out, saved in the middle; back from the file."""
 
@@ -1026,6 +1037,11 @@ def test_a_foreign_state_dict_is_refused_and_nothing_changes():
     two = gti.optim.Leapfrog([{"params": [q]}, {"params": [parameter(2.0)]}], 0.3)
     with pytest.raises(ValueError, match="parameter groups"):
         optimizer.load_state_dict(two.state_dict())
+    cut = optimizer.state_dict()
+    cut["param_groups"][0]["lr"] = 0.3
+    cut["state"]["phase_space"]["plans"].pop()
+    with pytest.raises(ValueError, match="shorter"):
+        optimizer.load_state_dict(cut)
     assert torch.equal(optimizer.phase_spaces[0].momenta[0], p)
     assert optimizer.param_groups[0]["lr"] == 0.1
 
