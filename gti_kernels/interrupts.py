@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import _signal  # type: ignore[import-not-found]  # `signal` takes 40 times as long, in its enums
-import threading
 from typing import Any
 
 
@@ -14,14 +13,17 @@ class Uninterrupted:
     Signals reach the main thread alone, so in others there is nothing to do.
     """
 
+    _handler: Any = None
+    _came: tuple[Any, ...] | None = None
+
     def __enter__(self) -> None:
-        self._handler: Any = None
-        self._came: tuple[Any, ...] | None = None
-        if threading.current_thread() is threading.main_thread():
-            handler = _signal.getsignal(_signal.SIGINT)
-            if callable(handler):  # else Python raises nothing
-                self._handler = handler
+        handler = _signal.getsignal(_signal.SIGINT)
+        if callable(handler):  # else Python raises nothing
+            self._handler = handler
+            try:
                 _signal.signal(_signal.SIGINT, self._note)
+            except ValueError:  # in another thread
+                self._handler = None
 
     def __exit__(self, *_: object) -> None:
         if self._handler is None:

@@ -133,7 +133,8 @@ class Leapfrog(PhaseOptimizer):
         loss: of step() without closure, the loss whose gradient is in grad, for `energy` and the
         cap; nothing waits for its value.
         """
-        self._known = self._loss, list(self._before), self._initial_energy
+        if self._exact:
+            self._known = self._loss, list(self._before), self._initial_energy
         if closure is None:
             if len(self._fractions) > 1:
                 raise ValueError(
@@ -216,12 +217,13 @@ class Leapfrog(PhaseOptimizer):
 
     def _each(self, move: Callable[..., None], *numbers: Any) -> None:
         """One stage, of each group; with exact of none if one cannot take it."""
-        self._moved, owed = [], list(self._owed)
+        self._moved = []
         if not self._exact:
             super()._each(move, *numbers)
             self._unfinished = None
             return
         assert self._unfinished is not None  # since `_begin_step`
+        owed = list(self._owed)
         try:
             super()._each(move, *numbers)
         except BaseException:

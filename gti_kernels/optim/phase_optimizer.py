@@ -5,7 +5,6 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from operator import is_
 from typing import Any
 
 import torch
@@ -204,16 +203,20 @@ class PhaseOptimizer(torch.optim.Optimizer):
             )
         for i, (group, space) in enumerate(zip(self.param_groups, self.phase_spaces)):
             self._check_group(group)
-            params = group["params"]
-            if len(params) != len(space.params) or not all(map(is_, params, space.params)):
+            try:  # at the speed of C where all are the same objects, which come before their values
+                same = group["params"] == space.params
+            except RuntimeError:
+                same = False
+            if not same:
                 raise RuntimeError(
                     f"param_groups[{i}]: expected the params that were added, got others. {_ANEW}"
                 )
 
     def _check_kicks(self) -> None:
         """The first group objects before it moves, and exact ones are taken back."""
-        for space in self.phase_spaces[len(self.phase_spaces) if self._exact else 1 :]:
-            space.check(type(self).__name__, kicks=True)
+        if len(self.phase_spaces) > 1 and not self._exact:
+            for space in self.phase_spaces[1:]:
+                space.check(type(self).__name__, kicks=True)
 
     # ---- closures --------------------------------------------------------------------------------
 
