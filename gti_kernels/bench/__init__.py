@@ -136,20 +136,25 @@ def _time(seconds: float) -> str:
 
 def plot(results: list[Result], path: str) -> None:
     """Horizontal bars: how many times longer each peer takes, with the project's bar as a tick."""
+    blue, red, grey = "#4c78a8", "#e45756", "#9aa7b4"
     require("matplotlib", "gti bench --plot").use("Agg")
     pyplot = require("matplotlib.pyplot", "gti bench --plot")
     rows = [(r, peer) for r in results for peer in r.peers][::-1]
     figure, axes = pyplot.subplots(figsize=(10, 0.32 * len(rows) + 1.2), layout="constrained")
     for at, (result, peer) in enumerate(rows):
-        ratio = result.ratios[peer]
-        axes.barh(at, ratio, color="#4c78a8" if ratio >= 1 else "#e45756")
+        ratio, bar = result.ratios[peer], result.bars.get(peer)
+        axes.barh(at, ratio, color=grey if bar is None else blue if ratio >= bar else red)
         axes.text(ratio * 1.04, at, f"{ratio:.2f}x", va="center", fontsize=8)
-        if peer in result.bars:
-            axes.plot([result.bars[peer]] * 2, [at - 0.45, at + 0.45], color="black", lw=2)
+        if bar is not None:
+            axes.plot([bar] * 2, [at - 0.45, at + 0.45], color="black", lw=2)
     axes.set_yticks(range(len(rows)))
     axes.set_yticklabels([f"{r.op} {r.name}, {r.shape}: {peer}" for r, peer in rows], fontsize=8)
     axes.set_xscale("log")
+    axes.set_xlim(right=2.0 * axes.get_xlim()[1])  # room for the numbers
+    axes.margins(y=0.4 / max(len(rows), 1))
     axes.axvline(1.0, color="grey", lw=0.8)
-    axes.set_xlabel("time of the peer / time of gti_kernels (black tick: the bar)")
+    axes.set_xlabel(
+        "time of the peer / time of gti_kernels\n(tick: the bar; red: below it; grey: no bar)"
+    )
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
