@@ -9,7 +9,7 @@ demo: $(VENV)/installed
 	$(BIN)/gti certify --out certificate
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder tests
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder tests
 
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
