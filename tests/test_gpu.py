@@ -123,7 +123,8 @@ def test_power_iteration_in_a_cuda_graph(backend, k, method, dtype):
     if ("power_iteration", backend) not in BUILT:
         pytest.skip(f"power_iteration has no {backend} kernel yet")
     need(backend)
-    shapes = ((64, 64), (300, 700), (1000, 33), (7, 5))
+    # With the last one a launch is cooperative: its counters must be zero at each replay.
+    shapes = ((64, 64), (300, 700), (1000, 33), (7, 5), (2000, 1000))
     weights = [torch.randn(s, device="cuda", dtype=dtype) for s in shapes]
     options = {"k": k, "method": method, "max_steps": 12, "tol": 0.0, "backend": backend}
     graph, captured = capture(lambda: gti.power_iteration(weights, **options))
@@ -157,6 +158,25 @@ def test_power_iteration_of_a_list_of_all_classes_is_one_launch(monkeypatch, dty
     torch.testing.assert_close(found.sigma.double(), exact.sigma, rtol=1e-3, atol=0)
     again = gti.power_iteration(weights, **options, backend="cuda")
     assert all(torch.equal(a, b) for a, b in zip(flat(found), flat(again), strict=True))
+
+
+def test_power_iteration_on_two_streams_at_once():
+    """Blocks of two cooperative launches must not wait for room that the other launch holds."""
+    need("cuda")
+    shapes = ((64, 64), (300, 700), (2000, 1000))
+    weights = [torch.randn(s, device="cuda") for s in shapes]
+    options = {"max_steps": 12, "tol": 0.0, "backend": "cuda"}
+    expected = flat(gti.power_iteration(weights, **options))
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    found = []
+    for stream in streams:
+        stream.wait_stream(torch.cuda.current_stream())
+    for stream in streams * 20:
+        with torch.cuda.stream(stream):
+            found.append(flat(gti.power_iteration(weights, **options)))
+    torch.cuda.synchronize()
+    for one in found:
+        assert all(torch.equal(a, b) for a, b in zip(one, expected, strict=True))
 
 
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
