@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 
 from .conventions import compute_dtype
@@ -15,6 +16,7 @@ from .ops.library import is_plain_eager, refuse_lost_derivatives, without_transf
 from .ops.power_iteration import power_iteration, start_from
 
 _is_batched = torch._C._functorch.is_legacy_batchedtensor  # of autograd.grad(is_grads_batched=True)
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _FIRST_STEPS = 15  #: most passes over W at registration
 
@@ -62,9 +64,9 @@ def spectral_norm(
             nn.ConvTranspose. A W that is not contiguous, or dim ≠ 0, costs a copy of W.
 
     Returns:
-        module. Works under torch.compile (fullgraph), autocast, torch.func.grad, jvp and vmap;
-        under vmap over weights the new vectors stay inside. Transforms of torch.func inside a
-        compiled function are refused: transform outside of it.
+        module. Works under torch.compile (fullgraph), autocast, torch.func.grad, jvp and vmap, in
+        any nesting; under vmap over weights the new vectors are not kept. Transforms of torch.func
+        inside a compiled function are refused: transform outside of it.
 
     Raises:
         ValueError, IndexError, TypeError: the argument, what was expected, what came.
@@ -131,7 +133,7 @@ class SpectralNorm(nn.Module):
             norm = torch.linalg.vector_norm(weight, dtype=compute_dtype(weight.dtype))
             return weight / _divisor(norm, self.eps)
         passes = self.n_power_iterations + 1 if self.training else 1
-        refuse_lost_derivatives("spectral_norm", [weight])
+        refuse_lost_derivatives("spectral_norm")
         plain, function = is_plain_eager(), _Normalized
         if not torch.compiler.is_compiling():  # the compiler takes only the plainest form
             if torch._C._get_tracing_state() is not None:
@@ -154,7 +156,10 @@ class SpectralNorm(nn.Module):
             if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
                 with torch.inference_mode(False):  # load_state_dict could not write them
                     u, v = u.clone(), v.clone()
-            self._buffers["_u"], self._buffers["_v"] = u, v
+            if torch.compiler.is_compiling() or not _is_wrapped(
+                v
+            ):  # of a vmap: it ends, this stays
+                self._buffers["_u"], self._buffers["_v"] = u, v
         return out
 
     def right_inverse(self, weight: Tensor) -> Tensor:
@@ -266,14 +271,17 @@ class _NormalizedTransformed(_Normalized):
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> tuple[Tensor | None, ...]:
         normalized, u, v, sigma = ctx.saved_tensors
-        divisor = _divisor(sigma, ctx.eps)
-        row = _outer_factors(u, v, normalized.shape, ctx.dim)[1]
-        others = [axis for axis in range(normalized.ndim) if axis != ctx.dim]
-        of_y = (tangent.to(u.dtype) * row).sum(others).unsqueeze(1)  # y = W v
-        of_y = of_y * (sigma > ctx.eps)
-        of_sigma = (u * of_y).sum()
-        out = (tangent - of_sigma * normalized) / divisor
-        return out.to(normalized.dtype), (of_y - of_sigma * u) / divisor, None, of_sigma
+        # torch switches tangents off here, and so would make zeros of those of a jvp around this
+        # one; the saved outputs do not have this one's yet.
+        with forward_ad._set_fwd_grad_enabled(True):
+            divisor = _divisor(sigma, ctx.eps)
+            row = _outer_factors(u, v, normalized.shape, ctx.dim)[1]
+            others = [axis for axis in range(normalized.ndim) if axis != ctx.dim]
+            of_y = (tangent.to(u.dtype) * row).sum(others).unsqueeze(1)  # y = W v
+            of_y = of_y * (sigma > ctx.eps)
+            of_sigma = (u * of_y).sum()
+            out = (tangent - of_sigma * normalized) / divisor
+            return out.to(normalized.dtype), (of_y - of_sigma * u) / divisor, None, of_sigma
 
     @staticmethod
     def vmap(

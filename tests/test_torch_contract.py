@@ -425,21 +425,54 @@ def test_second_derivatives_of_a_list():
     torch.testing.assert_close(got[1], expected[1], rtol=0.02, atol=0.02)
 
 
-def test_forward_mode_inside_forward_mode_is_refused():
-    layer = gti.nn.spectral_norm(nn.Linear(4, 3, dtype=torch.float64)).eval()
-    name, x = "parametrizations.weight.original", numbers(4, seed=1)
-
-    def of_weight(w):
-        return functional_call(layer, {name: w}, x).sum()
-
-    for f, w in ((top, numbers(3, 4)), (of_weight, numbers(3, 4))):
-        with pytest.raises(RuntimeError, match="jacfwd inside of another"):
-            jacfwd(jacfwd(f))(w)
+def test_forward_mode_inside_forward_mode():
+    with pytest.raises(RuntimeError, match="jacfwd inside of another"):
+        jacfwd(jacfwd(top))(numbers(3, 4))
+    w, x = numbers(3, 4), numbers(3, seed=1)
 
     def of_input(x):  # the weight has no tangents
-        return layer(x).pow(3).sum()
+        return top(w) * x.pow(3).sum()
 
     torch.testing.assert_close(jacfwd(jacfwd(of_input))(x), hessian(of_input)(x))
+
+    def forward_only(w, s):
+        return jacfwd(lambda s: vmap(jacfwd(jacfwd(normalized)))(w * s))(s)
+
+    def reverse_only(w, s):
+        return jacrev(lambda s: vmap(jacrev(jacrev(normalized)))(w * s))(s)
+
+    args = numbers(2, 4, 5), torch.tensor(2.0, dtype=torch.float64)
+    torch.testing.assert_close(forward_only(*args), reverse_only(*args))
+
+
+def test_a_dual_level_around_a_first_derivative():
+    w, t = numbers(4, 3).requires_grad_(), numbers(4, 3, seed=1)
+    products = []
+    for sigma in (lambda w: gti.top_singular_values(w, tol=1e-13), torch.linalg.svdvals):
+        with forward_ad.dual_level():
+            loss = sigma(forward_ad.make_dual(w, t))[0] ** 3
+            (g,) = torch.autograd.grad(loss, w)  # no graph of it is made
+            products.append(forward_ad.unpack_dual(g).tangent)
+    torch.testing.assert_close(*products)
+
+
+def test_frozen_weights_are_not_kept_for_backward():
+    with torch.inference_mode():
+        inferred = numbers(3, 3)
+    w, frozen = numbers(4, 3).requires_grad_(), numbers(5, 2)
+    loss = gti.top_singular_values([w, inferred, frozen]).sum()
+    frozen.zero_()
+    (got,) = torch.autograd.grad(loss, w)
+    torch.testing.assert_close(got, grad(top)(w.detach()), rtol=1e-3, atol=1e-3)
+
+
+def test_a_layer_outlives_a_vmap_over_its_weight():
+    layer = gti.nn.spectral_norm(nn.Linear(3, 4, dtype=torch.float64))
+    name, x = "parametrizations.weight.original", numbers(3)
+    before = layer.parametrizations.weight[0]._v
+    vmap(lambda w: functional_call(layer, {name: w}, x))(numbers(2, 4, 3))
+    assert layer.parametrizations.weight[0]._v is before
+    assert layer(x).isfinite().all()
 
 
 def test_func_grad_and_jvp_against_finite_differences():

@@ -51,7 +51,7 @@ def without_transforms(x: Tensor) -> Tensor:
     return x
 
 
-def refuse_lost_derivatives(op: str, arguments: Iterable[Tensor]) -> None:
+def refuse_lost_derivatives(op: str, arguments: Iterable[Tensor] = ()) -> None:
     """Raises where torch would make a silent zero of a derivative: where torch.compile meets
     torch.func or forward mode (without fullgraph it then leaves the call to eager mode), and where
     an argument has tangents of two forward modes, of which an autograd.Function gets one."""
@@ -92,7 +92,7 @@ def refuse_derivative(op: str, arguments: Iterable[Any], remedy: str) -> None:
                     f"are recorded. {remedy}"
                 )
     if _is_compiling():
-        return refuse_lost_derivatives(op, ())
+        return refuse_lost_derivatives(op)
     if _transform_level() is not None or forward_ad._current_level >= 0:
         for t in arguments:
             if not isinstance(t, Tensor):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import backends
 from ..conventions import compute_dtype
@@ -132,10 +133,11 @@ def top_singular_values(
     Arguments as in `power_iteration`; returns its sigma, […, k] or [L, k]. The derivative is exact
     for a simple σ up to the error of u and v (first order in the residual); at a tie it is one
     element of the subdifferential. Derivatives of any order are those of σ: a second one solves a
-    dense fp64 system of the smaller side of each matrix, and is infinite or NaN where σ is zero or
-    not simple. Works with backward, torch.func.grad, vmap and jvp, and under
-    torch.compile(fullgraph=True). Transforms of torch.func inside a compiled function are left to
-    eager mode, so not with fullgraph.
+    dense fp64 system of the smaller side of each matrix, and is huge, infinite or NaN where σ is
+    zero or not simple. For it, weights that require grad are kept for backward and must not be
+    written before it. Works with backward, torch.func.grad, vmap and jvp (but not jvp of jvp), and
+    under torch.compile(fullgraph=True). Transforms of torch.func inside a compiled function are
+    left to eager mode, so not with fullgraph.
 
     >>> import torch, gti_kernels as gti
     >>> W = torch.diag(torch.tensor([3.0, 1.0])).requires_grad_()
@@ -390,15 +392,18 @@ class _Sigma(torch.autograd.Function):
         options, *tensors = inputs
         count = options[-1]
         ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*tensors[:count], *output[1:])
-        ctx.save_for_forward(*tensors[:count], *output[1:])
+        ws = tensors[:count]
+        live = [w if want else None for w, want in zip(ws, ctx.needs_input_grad[1:])]
+        ctx.save_for_backward(*live, *output[1:])
+        ctx.save_for_forward(*ws, *output[1:])
         ctx.counts = [_sizes(w, options[0])[0] for w in tensors[:count]]
         ctx.extra = len(tensors) - count
 
     @staticmethod
     def backward(ctx: Any, grad_sigma: Tensor, *_: Tensor) -> tuple[Any, ...]:
-        # Where this is recorded for a second derivative, u and v move with W.
-        recorded = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        # Where this is differentiated in turn, backward or forward, u and v move with W.
+        recorded = torch.is_grad_enabled() or forward_ad._current_level >= 0
+        recorded = recorded and not torch.compiler.is_compiling()
         grads: list[Tensor | None] = []
         wanted = ctx.needs_input_grad[1:]
         for (w, u, v), g, want in zip(_triples(ctx), grad_sigma.split(ctx.counts), wanted):

@@ -17,7 +17,7 @@ def attached(w: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         σ x − W y = a − u uᵀa,    σ y − Wᵀx = b − v vᵀb,    uᵀx = vᵀy = 0
 
     for each triple: a dense system of the smaller side of w, in fp64. The tangents, and so the
-    second derivatives of σ, are infinite or NaN where σ is zero or not simple.
+    second derivatives of σ, are huge, infinite or NaN where σ is zero or not simple.
     """
     return _Attached.apply(w, u, v)
 
