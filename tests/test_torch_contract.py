@@ -456,6 +456,14 @@ def test_a_dual_level_around_a_first_derivative():
     torch.testing.assert_close(*products)
 
 
+def test_a_compiled_hessian_left_to_eager_mode():
+    def product(w):
+        return (hessian(top)(w) * t).sum((-1, -2))
+
+    w, t = numbers(4, 3), numbers(4, 3, seed=1)
+    torch.testing.assert_close(torch.compile(product, backend="eager")(w), product(w))
+
+
 def test_frozen_weights_are_not_kept_for_backward():
     with torch.inference_mode():
         inferred = numbers(3, 3)

@@ -401,22 +401,24 @@ class _Sigma(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_sigma: Tensor, *_: Tensor) -> tuple[Any, ...]:
-        # Where this is differentiated in turn, backward or forward, u and v move with W.
-        recorded = torch.is_grad_enabled() or forward_ad._current_level >= 0
-        recorded = recorded and not torch.compiler.is_compiling()
-        grads: list[Tensor | None] = []
-        wanted = ctx.needs_input_grad[1:]
-        for (w, u, v), g, want in zip(_triples(ctx), grad_sigma.split(ctx.counts), wanted):
-            if not want:  # frozen
-                grads.append(None)
-                continue
-            if recorded:
-                u, v = attached(_matrices(w, u, v), u, v)
-            g = g.to(u.dtype) if u.ndim == 2 else g.to(u.dtype).unsqueeze(-2)  # [1, k], [B, 1, k]
-            # Σ_k g u vᵀ without a matmul, which autocast would narrow.
-            outer = sum((u * g)[..., i, None] * v[..., None, :, i] for i in range(u.shape[-1]))
-            grads.append(outer.reshape(w.shape).to(w.dtype))  # type: ignore[union-attr]
-        return (None, *grads, *[None] * ctx.extra)
+        return _gradients(ctx, grad_sigma, False)
+
+
+def _gradients(ctx: Any, grad_sigma: Tensor, moving: bool) -> tuple[Any, ...]:
+    """Those of _Sigma; moving: u and v are functions of W."""
+    grads: list[Tensor | None] = []
+    wanted = ctx.needs_input_grad[1:]
+    for (w, u, v), g, want in zip(_triples(ctx), grad_sigma.split(ctx.counts), wanted):
+        if not want:  # frozen
+            grads.append(None)
+            continue
+        if moving:
+            u, v = attached(_matrices(w, u, v), u, v)
+        g = g.to(u.dtype) if u.ndim == 2 else g.to(u.dtype).unsqueeze(-2)  # [1, k], [B, 1, k]
+        # Σ_k g u vᵀ without a matmul, which autocast would narrow.
+        outer = sum((u * g)[..., i, None] * v[..., None, :, i] for i in range(u.shape[-1]))
+        grads.append(outer.reshape(w.shape).to(w.dtype))  # type: ignore[union-attr]
+    return (None, *grads, *[None] * ctx.extra)
 
 
 def _triples(ctx: Any) -> list[tuple[Tensor, ...]]:
@@ -431,7 +433,14 @@ def _matrices(w: Tensor, u: Tensor, v: Tensor) -> Tensor:
 
 
 class _SigmaForward(_Sigma):
-    """_Sigma with the rules of forward mode and vmap, which the compiler does not take."""
+    """_Sigma with the rules of forward mode and vmap, which the compiler does not take, and with
+    derivatives of higher order."""
+
+    @staticmethod
+    def backward(ctx: Any, grad_sigma: Tensor, *_: Tensor) -> tuple[Any, ...]:
+        # Where this is differentiated in turn, backward or forward.
+        moving = torch.is_grad_enabled() or forward_ad._current_level >= 0
+        return _gradients(ctx, grad_sigma, moving)
 
     @staticmethod
     def jvp(ctx: Any, _options: None, *tangents: Tensor | None) -> tuple[Any, ...]:
