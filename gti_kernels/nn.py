@@ -156,9 +156,8 @@ class SpectralNorm(nn.Module):
             if not torch.compiler.is_compiling() and torch.is_inference_mode_enabled():
                 with torch.inference_mode(False):  # load_state_dict could not write them
                     u, v = u.clone(), v.clone()
-            if torch.compiler.is_compiling() or not _is_wrapped(
-                v
-            ):  # of a vmap: it ends, this stays
+            mapped = not torch.compiler.is_compiling() and _is_wrapped(v)
+            if not mapped:  # a vmap ends, the buffers stay
                 self._buffers["_u"], self._buffers["_v"] = u, v
         return out
 
