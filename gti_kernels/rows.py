@@ -29,7 +29,7 @@ ROWS = (
         backends=("cuda", "triton", "cpu", "reference"),
         dtypes=DTYPES,
         mutates=(),
-        differentiable="through top_singular_values: dσ/dW = u vᵀ",
+        differentiable="through top_singular_values, of any order",
         bytes_moved="steps · Σ m·n·itemsize",
     ),
     Row(
