@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import _signal  # type: ignore[import-not-found]  # `signal` takes 40 times as long, in its enums
+import _signal  # type: ignore[import-not-found]  # `signal` takes 14 µs more, in its enums
 from typing import Any
 
 

@@ -293,12 +293,11 @@ def note(
     if start is not None:
         others = "from the earlier result"
     if backend in ("triton", "cuda"):
-        # An estimate for a short side of 64: Jacobi rotations of its Gram matrix are hundreds of
-        # rounds with a barrier each, 0.3 to 0.6 ms; the 20 steps or so that they save take 0.1 ms
-        # on chip, 0.4 ms for the 51 MB of an fp32 [64, 200000].
+        # An estimate, not measured: Jacobi rotations of a Gram matrix of 64 rows are hundreds of
+        # rounds with a barrier each.
         return (
             f"{count} of {count} matrices start {others}: on a GPU none from the Gram matrix of a "
-            "short side, whose eigenvectors take about as long as the steps that they save"
+            "short side, whose eigenvectors are estimated to take as long as the steps they save"
         )
     if backend != "cpu":
         return ""

@@ -145,6 +145,7 @@ class Leapfrog(PhaseOptimizer):
             raise ValueError("step: expected a closure, which returns the loss, or loss; got both")
         return self._closure_step(closure, self._fractions)
 
+    @torch._disable_dynamo
     def reverse(self, closure: Closure) -> Tensor:
         """Walks back the last step; returns the loss where it ends.
 
@@ -316,7 +317,8 @@ class Leapfrog(PhaseOptimizer):
             raise ValueError(
                 "step: energy_cap needs the loss; call step(closure) or step(loss=loss)"
             )
-        self.phase_spaces[0].check("Leapfrog", kicks=True)  # before it counts
+        if not self._exact:  # which takes the count back where the step cannot be
+            self.phase_spaces[0].check("Leapfrog", kicks=True)
         kinetic = self._total([self._kinetic_energy(i) for i in range(len(self.phase_spaces))])
         potential = self._potential_energy(loss)
         energy = kinetic + potential
