@@ -83,8 +83,8 @@ class PhaseOptimizer(torch.optim.Optimizer):
         return None
 
     # ---- steps -----------------------------------------------------------------------------------
-    # torch.compile goes around them: there is nothing to fuse, and the way back depends on the order
-    # of what is written. A compiled model within the closure stays compiled.
+    # torch.compile goes around them: there is nothing to fuse, and the way back depends on the
+    # order of what is written. A compiled model within the closure stays compiled.
 
     @torch._disable_dynamo
     def _staggered_step(self, loss: Any) -> None:
