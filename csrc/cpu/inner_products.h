@@ -27,29 +27,46 @@ constexpr int64_t kMaxSegments = 64;
 constexpr int64_t kSegment = 16384;  // columns at least
 constexpr int64_t kCacheLine = 64;
 
-// Running sums of each lane. Products of elements up to fp32 are exact in fp64, so a plain sum has
-// one rounding a term; for fp64 elements the product's and the sum's roundings are kept beside it
-// (Dot2 of Ogita, Rump and Oishi 2005).
+// Running sums of each of kLanes lanes, in memory; Part: those of N lanes, in registers. Products
+// of elements up to fp32 are exact in fp64, so a plain sum has one rounding a term; for fp64
+// elements the product's and the sum's roundings are kept beside it (Dot2 of Ogita, Rump and Oishi
+// 2005).
 struct Plain {
-  Vec<double, kLanes> sum = {};
-  GTI_INLINE void add(const Vec<double, kLanes>& a, const Vec<double, kLanes>& b) { sum += a * b; }
-  GTI_INLINE void subtract(const Vec<double, kLanes>& a, const Vec<double, kLanes>& b) {
-    sum -= a * b;
-  }
+  double sum[kLanes] = {};
+
+  template <int N>
+  struct Part {
+    Vec<double, N> sum;
+    GTI_INLINE void read(const Plain& from, int at) { sum = load<N>(from.sum + at); }
+    GTI_INLINE void write(Plain& to, int at) const { store(to.sum + at, sum); }
+    GTI_INLINE void add(const Vec<double, N>& a, const Vec<double, N>& b) { sum += a * b; }
+    GTI_INLINE void subtract(const Vec<double, N>& a, const Vec<double, N>& b) { sum -= a * b; }
+  };
 };
 struct Compensated {
-  Vec<double, kLanes> sum = {}, error = {};
-  GTI_INLINE void add(const Vec<double, kLanes>& a, const Vec<double, kLanes>& b) {
-    Vec<double, kLanes> product = a * b, low;
-    asm("" : "+m"(product));  // rounded: not to be fused into the sum below
-    for (int l = 0; l < kLanes; ++l) low[l] = __builtin_fma(a[l], b[l], -product[l]);
-    const Vec<double, kLanes> total = sum + product, back = total - sum;
-    error += ((sum - (total - back)) + (product - back)) + low;
-    sum = total;
-  }
-  GTI_INLINE void subtract(const Vec<double, kLanes>& a, const Vec<double, kLanes>& b) {
-    add(-a, b);
-  }
+  double sum[kLanes] = {}, error[kLanes] = {};
+
+  template <int N>
+  struct Part {
+    Vec<double, N> sum, error;
+    GTI_INLINE void read(const Compensated& from, int at) {
+      sum = load<N>(from.sum + at);
+      error = load<N>(from.error + at);
+    }
+    GTI_INLINE void write(Compensated& to, int at) const {
+      store(to.sum + at, sum);
+      store(to.error + at, error);
+    }
+    GTI_INLINE void add(const Vec<double, N>& a, const Vec<double, N>& b) {
+      Vec<double, N> product = a * b, low;
+      asm("" : "+m"(product));  // rounded: not to be fused into the sum below
+      for (int l = 0; l < N; ++l) low[l] = __builtin_fma(a[l], b[l], -product[l]);
+      const Vec<double, N> total = sum + product, back = total - sum;
+      error += ((sum - (total - back)) + (product - back)) + low;
+      sum = total;
+    }
+    GTI_INLINE void subtract(const Vec<double, N>& a, const Vec<double, N>& b) { add(-a, b); }
+  };
 };
 
 // The sum of many lanes: value + error, without rounding of the value.
@@ -62,11 +79,16 @@ struct Pair {
   }
   double rounded() const { return value + error; }
 };
-GTI_INLINE void flush(Plain& s, Pair& out) {
-  out.add(lane_sum<double, kLanes>(s.sum), 0.0);
+inline double sum_of_lanes(const double* lanes) {
+  Vec<double, 2> parts[kLanes / 2];
+  std::memcpy(parts, lanes, sizeof(parts));
+  return lane_sum<double, 2, kLanes / 2>(parts);
+}
+inline void flush(Plain& s, Pair& out) {
+  out.add(sum_of_lanes(s.sum), 0.0);
   s = {};
 }
-GTI_INLINE void flush(Compensated& s, Pair& out) {
+inline void flush(Compensated& s, Pair& out) {
   for (int l = 0; l < kLanes; ++l) out.add(s.sum[l], s.error[l]);
   s = {};
 }
@@ -86,66 +108,94 @@ struct Ahead {
 };
 
 // Lane by lane: GCC makes one instruction of this, and six of __builtin_convertvector.
-template <class V>
-GTI_INLINE Vec<double, kLanes> wide(const V& v) {
-  double lanes[kLanes];
-  for (int l = 0; l < kLanes; ++l) lanes[l] = v[l];
-  return load<kLanes>(lanes);
+template <int N, class V>
+GTI_INLINE Vec<double, N> wide(const V& v) {
+  double lanes[N];
+  for (int l = 0; l < N; ++l) lanes[l] = v[l];
+  return load<N>(lanes);
 }
 
 // Adds n columns, a multiple of kLanes, to the sums of 4 x 4 pairs. kUpper: a tile on the diagonal,
 // where both sides are the same rows, and only pairs of i < j (skew) or i <= j are summed. The two
 // terms of skew have sums of their own there, the second one's in place of (j, i): six sums alone
-// would wait for each other.
-template <Form kForm, bool kUpper, class Sum>
-GTI_INLINE void tile(const Rows& rows, int64_t n, Ahead ahead, Sum* sums) {
-  using V = Vec<double, kLanes>;
-  constexpr int kFirst = kForm == Form::skew ? 1 : 0;
-  const Rows r = rows;
-  Sum s[kArea];
-#pragma GCC unroll 16
-  for (int e = 0; e < kArea; ++e) s[e] = sums[e];
+// would wait for each other. A sweep over the columns adds the lanes from `lane` on of the pairs
+// with kWidth rows j from kFirst on: what fits in the registers of a level.
+template <Form kForm, bool kUpper, int N, int kFirst, int kWidth, class Sum>
+GTI_INLINE void tile_sweep(const Rows& r, int64_t n, int lane, Ahead ahead, Sum* sums) {
+  using V = Vec<double, N>;
+  using Part = typename Sum::template Part<N>;
+  constexpr bool kTwo = kUpper && kForm == Form::skew;
+  // Whether the pair (i, kFirst + j) is summed.
+  constexpr auto counts = [](int i, int j) { return !kUpper || i < kFirst + j + (kTwo ? 0 : 1); };
+  Part s[kWidth][kTile], second[kWidth][kTile];
+#pragma GCC unroll 4
+  for (int j = 0; j < kWidth; ++j)
+#pragma GCC unroll 4
+    for (int i = 0; i < kTile; ++i) {
+      if (!counts(i, j)) continue;
+      s[j][i].read(sums[i * kTile + kFirst + j], lane);
+      if (kTwo) second[j][i].read(sums[(kFirst + j) * kTile + i], lane);
+    }
   const char* const* line = ahead.lines;
-  for (int64_t c = 0; c < n; c += kLanes) {
+  for (int64_t c = lane; c < n; c += kLanes) {
     for (int64_t k = 0; k < ahead.each; ++k) __builtin_prefetch(*line++ + ahead.shift);
     V x[kTile], y[kTile];
 #pragma GCC unroll 4
     for (int i = 0; i < kTile; ++i) {
-      x[i] = load<kLanes>(r.xi + i * r.stride + c);
-      if (kForm != Form::gram) y[i] = load<kLanes>(r.yi + i * r.stride + c);
+      if (kWidth < kTile && !counts(i, kWidth - 1)) continue;
+      x[i] = load<N>(r.xi + i * r.stride + c);
+      if (kForm != Form::gram) y[i] = load<N>(r.yi + i * r.stride + c);
     }
 #pragma GCC unroll 4
-    for (int j = 0; j < kTile; ++j) {
-      constexpr bool kSame = kUpper && kForm != Form::gram;
-      const V v = kSame ? y[j] : load<kLanes>(r.yj + j * r.stride + c);
-      const V u = kSame ? x[j] : kForm == Form::gram ? v : load<kLanes>(r.xj + j * r.stride + c);
+    for (int j = 0; j < kWidth; ++j) {
+      constexpr bool kSame = kUpper && kForm != Form::gram && kWidth == kTile;
+      const V v = kSame ? y[j] : load<N>(r.yj + (kFirst + j) * r.stride + c);
+      const V u = kSame                 ? x[j]
+                  : kForm == Form::gram ? v
+                                        : load<N>(r.xj + (kFirst + j) * r.stride + c);
 #pragma GCC unroll 4
-      for (int i = 0; i < (kUpper ? j + 1 - kFirst : kTile); ++i) {
-        Sum& to = s[i * kTile + j];
+      for (int i = 0; i < kTile; ++i) {
+        if (!counts(i, j)) continue;
         if (kForm == Form::metric) {
-          to.add(x[i], u);
-          to.add(y[i], v);
+          s[j][i].add(x[i], u);
+          s[j][i].add(y[i], v);
         } else {
-          to.add(x[i], v);
-          if (kForm == Form::skew && kUpper)
-            s[j * kTile + i].add(y[i], u);
+          s[j][i].add(x[i], v);
+          if (kTwo)
+            second[j][i].add(y[i], u);
           else if (kForm == Form::skew)
-            to.subtract(y[i], u);
+            s[j][i].subtract(y[i], u);
         }
       }
     }
   }
-#pragma GCC unroll 16
-  for (int e = 0; e < kArea; ++e) sums[e] = s[e];
+#pragma GCC unroll 4
+  for (int j = 0; j < kWidth; ++j)
+#pragma GCC unroll 4
+    for (int i = 0; i < kTile; ++i) {
+      if (!counts(i, j)) continue;
+      s[j][i].write(sums[i * kTile + kFirst + j], lane);
+      if (kTwo) second[j][i].write(sums[(kFirst + j) * kTile + i], lane);
+    }
+}
+template <int B, Form kForm, bool kUpper, class Sum>
+GTI_INLINE void tile(const Rows& rows, int64_t n, Ahead ahead, Sum* sums) {
+  constexpr int N = B / 8;
+  constexpr int kWidth = B == 64 ? 4 : std::is_same_v<Sum, Plain> && !kUpper ? 2 : 1;
+  const Rows r = rows;
+  for (int lane = 0; lane < kLanes; lane += N) {
+    tile_sweep<kForm, kUpper, N, 0, kWidth>(r, n, lane, lane == 0 ? ahead : Ahead{}, sums);
+    if constexpr (kWidth == 1) tile_sweep<kForm, kUpper, N, 1, 1>(r, n, lane, {}, sums);
+    if constexpr (kWidth <= 2) tile_sweep<kForm, kUpper, N, 2, kWidth>(r, n, lane, {}, sums);
+    if constexpr (kWidth == 1) tile_sweep<kForm, kUpper, N, 3, 1>(r, n, lane, {}, sums);
+  }
 }
 
-#define GTI_TILE(form, Sum)                                                               \
-  GTI_CLONES void form##_tile(const Rows& r, int64_t n, Ahead ahead, Sum* sums) {         \
-    tile<Form::form, false>(r, n, ahead, sums);                                           \
-  }                                                                                       \
-  GTI_CLONES void upper_##form##_tile(const Rows& r, int64_t n, Ahead ahead, Sum* sums) { \
-    tile<Form::form, true>(r, n, ahead, sums);                                            \
-  }
+#define GTI_TILE(form, Sum)                                                                 \
+  GTI_LEVELS(void, form##_tile, (const Rows& r, int64_t n, Ahead ahead, Sum* sums),         \
+             tile<B, Form::form, false>(r, n, ahead, sums);)                                \
+  GTI_LEVELS(void, upper_##form##_tile, (const Rows& r, int64_t n, Ahead ahead, Sum* sums), \
+             tile<B, Form::form, true>(r, n, ahead, sums);)
 GTI_TILE(skew, Plain)
 GTI_TILE(metric, Plain)
 GTI_TILE(gram, Plain)
@@ -157,55 +207,59 @@ GTI_TILE(gram, Compensated)
 // The skew tile on the diagonal while its rows are widened: x_rows and y_rows [4, n], `count`
 // apart; squares += Σ_c x² + y² of each row, lane by lane. kKeep: the rows in fp64 go to wide_x and
 // wide_y. Else nobody reads them again, and the memory is fetched that comes next in each row.
-template <bool kKeep, class T>
+template <int B, bool kKeep, class T>
 GTI_INLINE void early_tile(const T* x_rows, const T* y_rows, int64_t count, int64_t n,
                            double* wide_x, double* wide_y, int64_t stride, Plain* sums,
                            double* squares) {
-  using V = Vec<double, kLanes>;
-  V square[kTile];
-  for (int i = 0; i < kTile; ++i) square[i] = load<kLanes>(squares + i * kLanes);
-  Plain s[kArea];
+  constexpr int N = B / 8;
+  using V = Vec<double, N>;
+  for (int lane = 0; lane < kLanes; lane += N) {
+    V square[kTile];
+    for (int i = 0; i < kTile; ++i) square[i] = load<N>(squares + i * kLanes + lane);
+    Plain::Part<N> s[kArea];
 #pragma GCC unroll 16
-  for (int e = 0; e < kArea; ++e) s[e] = sums[e];
-  for (int64_t c = 0; c < n; c += kLanes) {
-    V x[kTile], y[kTile];
+    for (int e = 0; e < kArea; ++e)
+      if (e / kTile != e % kTile) s[e].read(sums[e], lane);
+    for (int64_t c = lane; c < n; c += kLanes) {
+      V x[kTile], y[kTile];
 #pragma GCC unroll 4
-    for (int i = 0; i < kTile; ++i) {
-      const T *x_at = x_rows + i * count + c, *y_at = y_rows + i * count + c;
-      x[i] = wide(load<kLanes>(x_at));
-      y[i] = wide(load<kLanes>(y_at));
-      if (!kKeep) {
-        fetch_ahead(x_at);
-        fetch_ahead(y_at);
-      } else {
-        store(wide_x + i * stride + c, x[i]);
-        store(wide_y + i * stride + c, y[i]);
+      for (int i = 0; i < kTile; ++i) {
+        const T *x_at = x_rows + i * count + c, *y_at = y_rows + i * count + c;
+        x[i] = wide<N>(load<N>(x_at));
+        y[i] = wide<N>(load<N>(y_at));
+        if (!kKeep && lane == 0) {
+          fetch_ahead(x_at);
+          fetch_ahead(y_at);
+        }
+        if (kKeep) {
+          store(wide_x + i * stride + c, x[i]);
+          store(wide_y + i * stride + c, y[i]);
+        }
+        square[i] += x[i] * x[i];
+        square[i] += y[i] * y[i];
       }
-      square[i] += x[i] * x[i];
-      square[i] += y[i] * y[i];
+#pragma GCC unroll 4
+      for (int j = 1; j < kTile; ++j)
+#pragma GCC unroll 4
+        for (int i = 0; i < j; ++i) {
+          s[i * kTile + j].add(x[i], y[j]);
+          s[j * kTile + i].add(y[i], x[j]);
+        }
     }
-#pragma GCC unroll 4
-    for (int j = 1; j < kTile; ++j)
-#pragma GCC unroll 4
-      for (int i = 0; i < j; ++i) {
-        s[i * kTile + j].add(x[i], y[j]);
-        s[j * kTile + i].add(y[i], x[j]);
-      }
-  }
 #pragma GCC unroll 16
-  for (int e = 0; e < kArea; ++e) sums[e] = s[e];
-  for (int i = 0; i < kTile; ++i) store(squares + i * kLanes, square[i]);
+    for (int e = 0; e < kArea; ++e)
+      if (e / kTile != e % kTile) s[e].write(sums[e], lane);
+    for (int i = 0; i < kTile; ++i) store(squares + i * kLanes + lane, square[i]);
+  }
 }
 
-#define GTI_EARLY_TILE(T)                                                                      \
-  GTI_CLONES void early_skew_tile(const T* x, const T* y, int64_t count, int64_t n,            \
-                                  double* wide_x, double* wide_y, int64_t stride, Plain* sums, \
-                                  double* squares) {                                           \
-    if (wide_x != nullptr)                                                                     \
-      early_tile<true>(x, y, count, n, wide_x, wide_y, stride, sums, squares);                 \
-    else                                                                                       \
-      early_tile<false>(x, y, count, n, wide_x, wide_y, stride, sums, squares);                \
-  }
+#define GTI_EARLY_TILE(T)                                                                       \
+  GTI_LEVELS(void, early_skew_tile,                                                             \
+             (const T* x, const T* y, int64_t count, int64_t n, double* wide_x, double* wide_y, \
+              int64_t stride, Plain* sums, double* squares),                                    \
+             wide_x != nullptr                                                                  \
+                 ? early_tile<B, true>(x, y, count, n, wide_x, wide_y, stride, sums, squares)   \
+                 : early_tile<B, false>(x, y, count, n, wide_x, wide_y, stride, sums, squares);)
 GTI_EARLY_TILE(float)
 GTI_EARLY_TILE(bf16)
 GTI_EARLY_TILE(f16)
@@ -220,36 +274,42 @@ void add_tile(Form form, bool upper, const Rows& r, int64_t n, Ahead ahead, Sum*
 }
 
 // to[c] = x[c] in fp64, and squares += Σ_c x[c]², lane by lane.
-template <class T>
+template <int B, class T>
 GTI_INLINE void widen_row(const T* x, int64_t n, double* to, double* squares) {
-  using V = Vec<double, kLanes>;
-  V sum = load<kLanes>(squares), other = {};
-  const auto step = [&](const T* from, int64_t c, int64_t lanes, V& sum) GTI_INLINE_LAMBDA {
-    const V v = wide(load<kLanes>(from));
-    std::memcpy(to + c, &v, lanes * sizeof(double));
-    sum += v * v;
+  constexpr int N = B / 8, P = kLanes / N;
+  using V = Vec<double, N>;
+  V sum[P], other[P] = {};
+  for (int h = 0; h < P; ++h) sum[h] = load<N>(squares + h * N);
+  const auto step = [&](const T* from, double* to, V(&sum)[P]) GTI_INLINE_LAMBDA {
+    for (int h = 0; h < P; ++h) {
+      const V v = wide<N>(load<N>(from + h * N));
+      store(to + h * N, v);
+      sum[h] += v * v;
+    }
   };
   int64_t c = 0;
   for (; c + 2 * kLanes <= n; c += 2 * kLanes) {
-    step(x + c, c, kLanes, sum);
-    step(x + c + kLanes, c + kLanes, kLanes, other);
+    step(x + c, to + c, sum);
+    step(x + c + kLanes, to + c + kLanes, other);
   }
   for (; c < n; c += kLanes) {
     T last[kLanes] = {};
+    double wide_last[kLanes];
     const int64_t rest = std::min<int64_t>(n - c, kLanes);
     std::memcpy(last, x + c, rest * sizeof(T));
-    step(last, c, rest, sum);
+    step(last, wide_last, sum);
+    std::memcpy(to + c, wide_last, rest * sizeof(double));
   }
-  store(squares, sum + other);
+  for (int h = 0; h < P; ++h) store(squares + h * N, sum[h] + other[h]);
 }
 
 // x: [rows, n], rows `count` apart.
-#define GTI_WIDEN(T)                                                                         \
-  GTI_CLONES void widen_rows(const T* x, int64_t count, int64_t rows, int64_t n, double* to, \
-                             int64_t stride, double* squares) {                              \
-    for (int64_t r = 0; r < rows; ++r)                                                       \
-      widen_row(x + r * count, n, to + r * stride, squares + r * kLanes);                    \
-  }
+#define GTI_WIDEN(T)                                                                          \
+  GTI_LEVELS(void, widen_rows,                                                                \
+             (const T* x, int64_t count, int64_t rows, int64_t n, double* to, int64_t stride, \
+              double* squares),                                                               \
+             for (int64_t r = 0; r < rows; ++r)                                               \
+                 widen_row<B>(x + r * count, n, to + r * stride, squares + r * kLanes);)
 GTI_WIDEN(double)
 GTI_WIDEN(float)
 GTI_WIDEN(bf16)
@@ -258,35 +318,46 @@ GTI_WIDEN(f16)
 
 // Weighted rows of a panel: x ← w x, low = what the rounding of w x lost, squares += Σ |w| x².
 // low = nullptr: the rows stay as they are.
-GTI_CLONES void weigh_rows(double* x, double* low, const double* w, int64_t rows, int64_t n,
-                           int64_t stride, double* squares) {
-  using V = Vec<double, kLanes>;
-  for (int64_t r = 0; r < rows; ++r) {
-    V sum = load<kLanes>(squares + r * kLanes);
-    for (int64_t c = 0; c < n; c += kLanes) {
-      const V weight = load<kLanes>(w + c), v = load<kLanes>(x + r * stride + c);
+template <int B>
+GTI_INLINE void weigh_row(double* x, double* low, const double* w, int64_t n, double* squares) {
+  constexpr int N = B / 8;
+  using V = Vec<double, N>;
+  for (int lane = 0; lane < kLanes; lane += N) {
+    V sum = load<N>(squares + lane);
+    for (int64_t c = lane; c < n; c += kLanes) {
+      const V weight = load<N>(w + c), v = load<N>(x + c);
       V product = weight * v, rest;
       asm("" : "+m"(product));  // rounded
-      sum += abs<kLanes>(product * v);
+      sum += abs<N>(product * v);
       if (low == nullptr) continue;
-      for (int l = 0; l < kLanes; ++l) rest[l] = __builtin_fma(weight[l], v[l], -product[l]);
-      store(x + r * stride + c, product);
-      store(low + r * stride + c, rest);
+      for (int l = 0; l < N; ++l) rest[l] = __builtin_fma(weight[l], v[l], -product[l]);
+      store(x + c, product);
+      store(low + c, rest);
     }
-    store(squares + r * kLanes, sum);
+    store(squares + lane, sum);
   }
 }
+GTI_LEVELS(void, weigh_rows,
+           (double* x, double* low, const double* w, int64_t rows, int64_t n, int64_t stride,
+            double* squares),
+           for (int64_t r = 0; r < rows; ++r)
+               weigh_row<B>(x + r * stride, low ? low + r * stride : nullptr, w, n,
+                            squares + r * kLanes);)
+
 // The part of x_i·y_j that the rounding of w x lost.
-GTI_CLONES void add_low_tile(const double* low, const double* y, int64_t stride, int64_t n,
-                             Compensated* sums) {
-  for (int i = 0; i < kTile; ++i)
-    for (int j = 0; j < kTile; ++j) {
-      Vec<double, kLanes> error = sums[i * kTile + j].error;
-      for (int64_t c = 0; c < n; c += kLanes)
-        error += load<kLanes>(low + i * stride + c) * load<kLanes>(y + j * stride + c);
-      sums[i * kTile + j].error = error;
-    }
+template <int B>
+GTI_INLINE void add_low(const double* low, const double* y, int64_t n, Compensated& sum) {
+  constexpr int N = B / 8;
+  for (int lane = 0; lane < kLanes; lane += N) {
+    Vec<double, N> error = load<N>(sum.error + lane);
+    for (int64_t c = lane; c < n; c += kLanes) error += load<N>(low + c) * load<N>(y + c);
+    store(sum.error + lane, error);
+  }
 }
+GTI_LEVELS(void, add_low_tile,
+           (const double* low, const double* y, int64_t stride, int64_t n, Compensated* sums),
+           for (int e = 0; e < kArea; ++e)
+               add_low<B>(low + e / kTile * stride, y + e % kTile * stride, n, sums[e]);)
 
 // Columns of the two sets of rows: x [rows of x, count], y [rows of y, count], weight [count].
 struct Item {
@@ -502,7 +573,7 @@ class InnerProducts {
     }
     for (int64_t r = 0; r < x_ + y_; ++r) {
       const int64_t from = r < x_ || y == x ? r % x_ : px + r - x_;
-      squares_[s * (x_ + y_) + r] = lane_sum<double, kLanes>(load<kLanes>(squares + from * kLanes));
+      squares_[s * (x_ + y_) + r] = sum_of_lanes(squares + from * kLanes);
     }
   }
 

@@ -6,39 +6,38 @@
 namespace gti {
 namespace {
 
-constexpr int kLanes = 8;
+constexpr int64_t kStep = 8;  // elements of a step of the loop, whatever the width of a vector
 
 // ½ Σ w p² over n elements. w: [n] or nullptr (then `scalar`).
-template <class T>
+template <int B, class T>
 GTI_INLINE double chunk_energy(const T* p, const T* w, double scalar, int64_t n) {
-  Vec<double, kLanes> sum = {};
-  const auto add = [&](const T* p_at, const T* w_at) __attribute__((always_inline)) {
-    const auto p_v = widen<kLanes>(load<kLanes>(p_at));
-    sum += w_at ? widen<kLanes>(load<kLanes>(w_at)) * p_v * p_v : p_v * p_v;
+  constexpr int N = B / 8, P = kStep / N;
+  Vec<double, N> sum[P] = {};
+  const auto add = [&](const T* p_at, const T* w_at) GTI_INLINE_LAMBDA {
+    for (int h = 0; h < P; ++h) {
+      const auto p_v = widen<N>(load<N>(p_at + h * N));
+      sum[h] += w_at ? widen<N>(load<N>(w_at + h * N)) * p_v * p_v : p_v * p_v;
+    }
   };
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) add(p + i, w ? w + i : nullptr);
+  for (; i + kStep <= n; i += kStep) add(p + i, w ? w + i : nullptr);
   if (i < n) {  // the tail, padded with zeros
-    T p_tail[kLanes] = {}, w_tail[kLanes] = {};
+    T p_tail[kStep] = {}, w_tail[kStep] = {};
     std::memcpy(p_tail, p + i, (n - i) * sizeof(T));
     if (w) std::memcpy(w_tail, w + i, (n - i) * sizeof(T));
     add(p_tail, w ? w_tail : nullptr);
   }
-  return 0.5 * (w ? 1.0 : scalar) * lane_sum<double, kLanes>(sum);
+  return 0.5 * (w ? 1.0 : scalar) * lane_sum<double, N, P>(sum);
 }
 
-GTI_CLONES double energy(const double* p, const double* w, double scalar, int64_t n) {
-  return chunk_energy(p, w, scalar, n);
-}
-GTI_CLONES double energy(const float* p, const float* w, double scalar, int64_t n) {
-  return chunk_energy(p, w, scalar, n);
-}
-GTI_CLONES double energy(const bf16* p, const bf16* w, double scalar, int64_t n) {
-  return chunk_energy(p, w, scalar, n);
-}
-GTI_CLONES double energy(const f16* p, const f16* w, double scalar, int64_t n) {
-  return chunk_energy(p, w, scalar, n);
-}
+#define GTI_ENERGY(T)                                                            \
+  GTI_LEVELS(double, energy, (const T* p, const T* w, double scalar, int64_t n), \
+             return chunk_energy<B>(p, w, scalar, n);)
+GTI_ENERGY(double)
+GTI_ENERGY(float)
+GTI_ENERGY(bf16)
+GTI_ENERGY(f16)
+#undef GTI_ENERGY
 
 }  // namespace
 

@@ -6,7 +6,7 @@
 namespace gti {
 namespace {
 
-constexpr int kLanes = 8;
+constexpr int64_t kStep = 8;  // elements of a step of the loop, whatever the width of a vector
 
 enum class Work { kick, drift, kick_drift };
 
@@ -19,27 +19,31 @@ struct Factors {
 
 // One chunk of n elements; grad, w may be nullptr where the work does not use them.
 // Returns Σ w p² · energy of the new p as it was stored.
-template <Work work, class T, class C>
+template <int B, Work work, class T, class C>
 GTI_INLINE double advance(T* q, T* p, const T* grad, const T* w, const Factors<C>& f, int64_t n) {
-  Vec<double, kLanes> sum = {};
-  const auto step = [&](T* q_at, T* p_at, const T* g_at, const T* w_at)
-                        __attribute__((always_inline)) {
-                          auto p_v = load<kLanes>(p_at);
-                          if constexpr (work != Work::drift) {
-                            store(p_at, f.damp * p_v - f.kick * load<kLanes>(g_at));
-                            p_v = load<kLanes>(p_at);  // as rounded to T
-                          }
-                          if constexpr (work != Work::kick) {
-                            const auto velocity = w_at ? load<kLanes>(w_at) * p_v : p_v;
-                            store(q_at, load<kLanes>(q_at) + f.drift * velocity);
-                          }
-                          if constexpr (work == Work::kick_drift) {
-                            const auto p_w = widen<kLanes>(p_v);
-                            sum += w_at ? widen<kLanes>(load<kLanes>(w_at)) * p_w * p_w : p_w * p_w;
-                          }
-                        };
+  constexpr int N = std::min<int>(kStep, B / sizeof(C));  // lanes of the compute type
+  constexpr int D = B / 8, P = kStep / D;                 // of fp64
+  Vec<double, D> sum[P] = {};
+  const auto step = [&](T* q_at, T* p_at, const T* g_at, const T* w_at) GTI_INLINE_LAMBDA {
+    for (int h = 0; h < kStep; h += N) {
+      auto p_v = load<N>(p_at + h);
+      if constexpr (work != Work::drift) {
+        store(p_at + h, f.damp * p_v - f.kick * load<N>(g_at + h));
+        p_v = load<N>(p_at + h);  // as rounded to T
+      }
+      if constexpr (work != Work::kick) {
+        const auto velocity = w_at ? load<N>(w_at + h) * p_v : p_v;
+        store(q_at + h, load<N>(q_at + h) + f.drift * velocity);
+      }
+    }
+    if constexpr (work == Work::kick_drift)
+      for (int h = 0; h < P; ++h) {
+        const auto p_w = widen<D>(load<D>(p_at + h * D));
+        sum[h] += w_at ? widen<D>(load<D>(w_at + h * D)) * p_w * p_w : p_w * p_w;
+      }
+  };
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
+  for (; i + kStep <= n; i += kStep) {
     if constexpr (work != Work::kick) fetch_ahead(q + i);
     fetch_ahead(p + i);
     if constexpr (work != Work::drift) fetch_ahead(grad + i);
@@ -47,7 +51,7 @@ GTI_INLINE double advance(T* q, T* p, const T* grad, const T* w, const Factors<C
   }
   if (i < n) {  // the tail, padded with zeros
     const size_t bytes = (n - i) * sizeof(T);
-    T q_t[kLanes] = {}, p_t[kLanes] = {}, g_t[kLanes] = {}, w_t[kLanes] = {};
+    T q_t[kStep] = {}, p_t[kStep] = {}, g_t[kStep] = {}, w_t[kStep] = {};
     if (q) std::memcpy(q_t, q + i, bytes);
     std::memcpy(p_t, p + i, bytes);
     if (grad) std::memcpy(g_t, grad + i, bytes);
@@ -56,24 +60,22 @@ GTI_INLINE double advance(T* q, T* p, const T* grad, const T* w, const Factors<C
     if constexpr (work != Work::kick) std::memcpy(q + i, q_t, bytes);
     if constexpr (work != Work::drift) std::memcpy(p + i, p_t, bytes);
   }
-  return f.energy * lane_sum<double, kLanes>(sum);
+  return f.energy * lane_sum<double, D, P>(sum);
 }
 
-// The clones of one element type: the branch on w stands outside the loop.
-#define GTI_LEAPFROG_CHUNKS(T)                                                                   \
-  GTI_CLONES double kick_chunk(T* p, const T* grad, const Factors<compute_t<T>>& f, int64_t n) { \
-    return advance<Work::kick, T>(nullptr, p, grad, nullptr, f, n);                              \
-  }                                                                                              \
-  GTI_CLONES double drift_chunk(T* q, T* p, const T* w, const Factors<compute_t<T>>& f,          \
-                                int64_t n) {                                                     \
-    return w ? advance<Work::drift, T>(q, p, nullptr, w, f, n)                                   \
-             : advance<Work::drift, T>(q, p, nullptr, nullptr, f, n);                            \
-  }                                                                                              \
-  GTI_CLONES double kick_drift_chunk(T* q, T* p, const T* grad, const T* w,                      \
-                                     const Factors<compute_t<T>>& f, int64_t n) {                \
-    return w ? advance<Work::kick_drift, T>(q, p, grad, w, f, n)                                 \
-             : advance<Work::kick_drift, T>(q, p, grad, nullptr, f, n);                          \
-  }
+// The branch on w stands outside the loop.
+#define GTI_LEAPFROG_CHUNKS(T)                                                                     \
+  GTI_LEVELS(double, kick_chunk,                                                                   \
+             (T * p, const T* grad, const Factors<compute_t<T>>& f, int64_t n),                    \
+             return advance<B, Work::kick, T>(nullptr, p, grad, nullptr, f, n);)                   \
+  GTI_LEVELS(double, drift_chunk,                                                                  \
+             (T * q, T * p, const T* w, const Factors<compute_t<T>>& f, int64_t n),                \
+             return w ? advance<B, Work::drift, T>(q, p, nullptr, w, f, n)                         \
+                      : advance<B, Work::drift, T>(q, p, nullptr, nullptr, f, n);)                 \
+  GTI_LEVELS(double, kick_drift_chunk,                                                             \
+             (T * q, T * p, const T* grad, const T* w, const Factors<compute_t<T>>& f, int64_t n), \
+             return w ? advance<B, Work::kick_drift, T>(q, p, grad, w, f, n)                       \
+                      : advance<B, Work::kick_drift, T>(q, p, grad, nullptr, f, n);)
 GTI_LEAPFROG_CHUNKS(double)
 GTI_LEAPFROG_CHUNKS(float)
 GTI_LEAPFROG_CHUNKS(bf16)

@@ -16,15 +16,21 @@
 namespace gti {
 namespace {
 
-constexpr int kLanes = 8;
+// Elements of a step of the loop, whatever the width of a vector: sums have the same bits.
+constexpr int64_t kStep = 8;
 
-template <class T>
-using Lanes = Vec<T, kLanes>;
+// The place of each lane.
+template <class T, int N>
+GTI_INLINE Vec<T, N> places() {
+  Vec<T, N> v;
+  for (int l = 0; l < N; ++l) v[l] = static_cast<T>(l);
+  return v;
+}
 
-// n < kLanes elements: a call of memcpy would take longer.
+// n < kStep elements: a call of memcpy would take longer.
 template <class T>
 GTI_INLINE void copy_tail(T* to, const T* from, int64_t n) {
-  static_assert(kLanes == 8);
+  static_assert(kStep == 8);
   if (n & 4) {
     std::memcpy(to, from, 4 * sizeof(T));
     to += 4, from += 4;
@@ -40,7 +46,8 @@ GTI_INLINE void copy_tail(T* to, const T* from, int64_t n) {
 // -------------------------------------------------------------------------
 
 // 32 random bits for each place (its lower half; `far` is the upper): a function of key and place.
-GTI_INLINE Lanes<uint32_t> random_bits(const Lanes<uint32_t>& place, uint64_t key, uint32_t far) {
+template <class Places>
+GTI_INLINE Places random_bits(const Places& place, uint64_t key, uint32_t far) {
   auto x = place * 0x9e3779b9u + (static_cast<uint32_t>(key) + far * 0x85ebca6bu);
   x = (x ^ (x >> 16)) * 0x21f0aaadu;
   x ^= static_cast<uint32_t>(key >> 32);
@@ -48,28 +55,30 @@ GTI_INLINE Lanes<uint32_t> random_bits(const Lanes<uint32_t>& place, uint64_t ke
   return x ^ (x >> 15);
 }
 
-GTI_INLINE void store_stochastic(bf16* x, const Lanes<float>& v, const Lanes<uint32_t>& random) {
-  const auto b = bits_as<Lanes<uint32_t>>(v);
+template <int N>
+GTI_INLINE void store_stochastic(bf16* x, const Vec<float, N>& v, const Vec<uint32_t, N>& random) {
+  const auto b = bits_as<Vec<uint32_t, N>>(v);
   const auto a = b & 0x7fffffffu;
-  const auto quiet = bits_as<Lanes<uint32_t>>(a > 0x7f800000u) & 0x40u;
-  store_u16<kLanes>(x, a >= 0x7f800000u ? (b >> 16) | quiet : (b + (random >> 16)) >> 16);
+  const auto quiet = bits_as<Vec<uint32_t, N>>(a > 0x7f800000u) & 0x40u;
+  store_u16<N>(x, a >= 0x7f800000u ? (b >> 16) | quiet : (b + (random >> 16)) >> 16);
 }
 
-GTI_INLINE void store_stochastic(f16* x, const Lanes<float>& v, const Lanes<uint32_t>& random) {
-  const auto b = bits_as<Lanes<uint32_t>>(v);
+template <int N>
+GTI_INLINE void store_stochastic(f16* x, const Vec<float, N>& v, const Vec<uint32_t, N>& random) {
+  const auto b = bits_as<Vec<uint32_t, N>>(v);
   const auto a = b & 0x7fffffffu;
   const auto r = random >> 19;
   const auto normal = (a - 0x38000000u + r) >> 13;
   // Below 2^-14 halves are multiples of 2^-24.
   const auto small = a < 0x38800000u ? a : a - a;
-  const auto multiple =
-      bits_as<Lanes<float>>(small) * 0x1p24f + __builtin_convertvector(r, Lanes<float>) * 0x1p-13f;
+  const auto multiple = bits_as<Vec<float, N>>(small) * 0x1p24f +
+                        __builtin_convertvector(r, Vec<float, N>) * 0x1p-13f;
   const auto subnormal =
-      bits_as<Lanes<uint32_t>>(__builtin_convertvector(multiple, Lanes<int32_t>));
+      bits_as<Vec<uint32_t, N>>(__builtin_convertvector(multiple, Vec<int32_t, N>));
   auto h = a < 0x38800000u ? subnormal : normal;
   h = (a >= 0x47800000u) | (h > 0x7c00u) ? h - h + 0x7c00u : h;  // 65536 and above: infinity
   h = a > 0x7f800000u ? h - h + 0x7e00u : h;                     // NaN
-  store_u16<kLanes>(x, h | ((b >> 16) & 0x8000u));
+  store_u16<N>(x, h | ((b >> 16) & 0x8000u));
 }
 
 // ---- a step on floating-point numbers
@@ -85,49 +94,53 @@ struct Factors {
 // One chunk of n elements, the first of them at `place` of its item. Q, P: types of q
 // and grad, of p and w. Arithmetic is in C. With neither kick nor drift: the energy of what is
 // skipped.
-template <bool kicks, bool drifts, class Q, class P, class C>
+template <int B, bool kicks, bool drifts, class Q, class P, class C>
 GTI_INLINE double advance(Q* q, P* p, const Q* grad, const P* w, const Factors<C>& f, int64_t place,
                           int64_t n) {
   constexpr bool stochastic = sizeof(Q) == 2;
+  constexpr int N = std::min<int>(kStep, B / sizeof(C));  // lanes of the compute type
+  constexpr int D = B / 8, parts = kStep / D;             // of fp64
   const auto as_c = [](const auto& v)
-                        GTI_INLINE_LAMBDA { return __builtin_convertvector(v, Lanes<C>); };
-  Lanes<double> sum = {};
-  Lanes<uint32_t> places = {0, 1, 2, 3, 4, 5, 6, 7};
-  places += static_cast<uint32_t>(place);
+                        GTI_INLINE_LAMBDA { return __builtin_convertvector(v, Vec<C, N>); };
+  Vec<double, D> sum[parts] = {};
+  auto at = places<uint32_t, N>() + static_cast<uint32_t>(place);
   const auto far = static_cast<uint32_t>(place >> 32);  // of the whole chunk
   const auto step = [&](Q* q_at, P* p_at, const Q* g_at, const P* w_at) GTI_INLINE_LAMBDA {
-    auto p_v = as_c(load<kLanes>(p_at));
-    if constexpr (kicks) {
-      const auto kicked = f.damp * p_v - f.kick * as_c(load<kLanes>(g_at));
-      store(p_at, __builtin_convertvector(kicked, Lanes<P>));
-      p_v = as_c(load<kLanes>(p_at));  // as rounded to P
-    }
-    if constexpr (drifts) {
-      const auto velocity = w_at ? as_c(load<kLanes>(w_at)) * p_v : p_v;
-      const auto moved = as_c(load<kLanes>(q_at)) + f.drift * velocity;
-      if constexpr (stochastic) {
-        store_stochastic(q_at, __builtin_convertvector(moved, Lanes<float>),
-                         random_bits(places, f.key, far));
-        places += kLanes;
-      } else {
-        store(q_at, __builtin_convertvector(moved, Lanes<Q>));
+    for (int h = 0; h < kStep; h += N) {
+      auto p_v = as_c(load<N>(p_at + h));
+      if constexpr (kicks) {
+        const auto kicked = f.damp * p_v - f.kick * as_c(load<N>(g_at + h));
+        store(p_at + h, __builtin_convertvector(kicked, Vec<P, N>));
+        p_v = as_c(load<N>(p_at + h));  // as rounded to P
+      }
+      if constexpr (drifts) {
+        const auto velocity = w_at ? as_c(load<N>(w_at + h)) * p_v : p_v;
+        const auto moved = as_c(load<N>(q_at + h)) + f.drift * velocity;
+        if constexpr (stochastic) {
+          store_stochastic<N>(q_at + h, __builtin_convertvector(moved, Vec<float, N>),
+                              random_bits(at, f.key, far));
+          at += N;
+        } else {
+          store(q_at + h, __builtin_convertvector(moved, Vec<Q, N>));
+        }
       }
     }
-    if constexpr (drifts || !kicks) {
-      const auto p_w = widen<kLanes>(p_v);
-      sum += w_at ? widen<kLanes>(load<kLanes>(w_at)) * p_w * p_w : p_w * p_w;
-    }
+    if constexpr (drifts || !kicks)
+      for (int h = 0; h < parts; ++h) {
+        const auto p_w = widen<D>(load<D>(p_at + h * D));
+        sum[h] += w_at ? widen<D>(load<D>(w_at + h * D)) * p_w * p_w : p_w * p_w;
+      }
   };
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
+  for (; i + kStep <= n; i += kStep) {
     if constexpr (drifts) fetch_ahead(q + i);
     fetch_ahead(p + i);
     if constexpr (kicks) fetch_ahead(grad + i);
     step(drifts ? q + i : nullptr, p + i, kicks ? grad + i : nullptr, w ? w + i : nullptr);
   }
   if (i < n) {  // the tail, padded with zeros
-    Q q_t[kLanes] = {}, g_t[kLanes] = {};
-    P p_t[kLanes] = {}, w_t[kLanes] = {};
+    Q q_t[kStep] = {}, g_t[kStep] = {};
+    P p_t[kStep] = {}, w_t[kStep] = {};
     if (drifts) copy_tail(q_t, q + i, n - i);
     copy_tail(p_t, p + i, n - i);
     if (kicks) copy_tail(g_t, grad + i, n - i);
@@ -136,23 +149,23 @@ GTI_INLINE double advance(Q* q, P* p, const Q* grad, const P* w, const Factors<C
     if (drifts) copy_tail(q + i, q_t, n - i);
     if (kicks) copy_tail(p + i, p_t, n - i);
   }
-  return f.energy * lane_sum<double, kLanes>(sum);
+  return f.energy * lane_sum<double, D, parts>(sum);
 }
 
-// The clones of one pair of types: the branches stand outside the loop.
-#define GTI_PHASE_CHUNK(Q, P, C)                                                                 \
-  GTI_CLONES double phase_chunk(Q* q, P* p, const Q* grad, const P* w, const Factors<C>& f,      \
-                                bool drifts, int64_t place, int64_t n) {                         \
-    if (!drifts && grad) return advance<true, false, Q, P, C>(q, p, grad, nullptr, f, place, n); \
-    if (!drifts)                                                                                 \
-      return w ? advance<false, false, Q, P, C>(q, p, grad, w, f, place, n)                      \
-               : advance<false, false, Q, P, C>(q, p, grad, nullptr, f, place, n);               \
-    if (!grad)                                                                                   \
-      return w ? advance<false, true, Q, P, C>(q, p, grad, w, f, place, n)                       \
-               : advance<false, true, Q, P, C>(q, p, grad, nullptr, f, place, n);                \
-    return w ? advance<true, true, Q, P, C>(q, p, grad, w, f, place, n)                          \
-             : advance<true, true, Q, P, C>(q, p, grad, nullptr, f, place, n);                   \
-  }
+// One pair of types: the branches stand outside the loop.
+#define GTI_PHASE_CHUNK(Q, P, C)                                                                   \
+  GTI_LEVELS(                                                                                      \
+      double, phase_chunk,                                                                         \
+      (Q * q, P * p, const Q* grad, const P* w, const Factors<C>& f, bool drifts, int64_t place,   \
+       int64_t n),                                                                                 \
+      if (!drifts && grad) return advance<B, true, false, Q, P, C>(q, p, grad, nullptr, f, place,  \
+                                                                   n);                             \
+      if (!drifts) return w ? advance<B, false, false, Q, P, C>(q, p, grad, w, f, place, n)        \
+                            : advance<B, false, false, Q, P, C>(q, p, grad, nullptr, f, place, n); \
+      if (!grad) return w ? advance<B, false, true, Q, P, C>(q, p, grad, w, f, place, n)           \
+                          : advance<B, false, true, Q, P, C>(q, p, grad, nullptr, f, place, n);    \
+      return w ? advance<B, true, true, Q, P, C>(q, p, grad, w, f, place, n)                       \
+               : advance<B, true, true, Q, P, C>(q, p, grad, nullptr, f, place, n);)
 GTI_PHASE_CHUNK(double, double, double)
 GTI_PHASE_CHUNK(double, float, double)
 GTI_PHASE_CHUNK(float, double, double)
@@ -207,113 +220,126 @@ constexpr double kTwo52 = 0x1p52, kMiddle = 0x1.8p52;
 
 // The integers nearest to x, ties to even, for |x| < 2^51. For any other x, NaN too, an integer
 // outside ±2^51, the same every time.
-GTI_INLINE Lanes<int64_t> nearest(const Lanes<double>& x) {
-  return bits_as<Lanes<int64_t>>(x + kMiddle) - bits_as<int64_t>(kMiddle);
+template <int N>
+GTI_INLINE Vec<int64_t, N> nearest(const Vec<double, N>& x) {
+  return bits_as<Vec<int64_t, N>>(x + kMiddle) - bits_as<int64_t>(kMiddle);
 }
 
 // v rounded to nearest even, as a conversion would: 2^32 times its upper half, which 2^84 + 2^63
 // lifts to where 2^32 is the unit of a double, and its lower half; only the last sum rounds.
-GTI_INLINE Lanes<double> real(const Lanes<int64_t>& v) {
+template <int N>
+GTI_INLINE Vec<double, N> real(const Vec<int64_t, N>& v) {
   constexpr double kTwo84 = 0x1p84, kTwo63 = 0x1p63;
-  const auto u = bits_as<Lanes<uint64_t>>(v);
-  const auto upper = bits_as<Lanes<double>>((u >> 32) ^ bits_as<uint64_t>(kTwo84 + kTwo63));
-  const auto lower = bits_as<Lanes<double>>((u & 0xffffffffu) | bits_as<uint64_t>(kTwo52));
+  const auto u = bits_as<Vec<uint64_t, N>>(v);
+  const auto upper = bits_as<Vec<double, N>>((u >> 32) ^ bits_as<uint64_t>(kTwo84 + kTwo63));
+  const auto lower = bits_as<Vec<double, N>>((u & 0xffffffffu) | bits_as<uint64_t>(kTwo52));
   return (upper - (kTwo84 + kTwo63 + kTwo52)) + lower;
 }
 
 // Not zero in the bits above `power` unless −2^power ≤ x < 2^power.
-template <int power>
-GTI_INLINE Lanes<uint64_t> beyond(const Lanes<int64_t>& x) {
-  return (bits_as<Lanes<uint64_t>>(x) + (1ull << power)) & (~0ull << (power + 1));
+template <int power, int N>
+GTI_INLINE Vec<uint64_t, N> beyond(const Vec<int64_t, N>& x) {
+  return (bits_as<Vec<uint64_t, N>>(x) + (1ull << power)) & (~0ull << (power + 1));
 }
 
 // Lane by lane: GCC makes one instruction of this, and several of __builtin_convertvector.
-GTI_INLINE Lanes<float> rounded_to(float*, const Lanes<double>& v) {
-  float lanes[kLanes];
-  for (int l = 0; l < kLanes; ++l) lanes[l] = static_cast<float>(v[l]);
-  return load<kLanes>(lanes);
+template <int N>
+GTI_INLINE Vec<float, N> rounded_to(float*, const Vec<double, N>& v) {
+  float lanes[N];
+  for (int l = 0; l < N; ++l) lanes[l] = static_cast<float>(v[l]);
+  return load<N>(lanes);
 }
-GTI_INLINE Lanes<double> rounded_to(double*, const Lanes<double>& v) { return v; }
+template <int N>
+GTI_INLINE Vec<double, N> rounded_to(double*, const Vec<double, N>& v) {
+  return v;
+}
 
-template <bool kicks, bool drifts, class T>
+template <int B, bool kicks, bool drifts, class T>
 GTI_INLINE Partial grid_advance(T* q, const T* remainder, int64_t* Q, int64_t* P, const T* grad,
                                 const double* w, const GridFactors& f, int64_t n) {
   using C = compute_t<T>;
-  using I = Lanes<int64_t>;
+  constexpr int N = B / 8, parts = kStep / N;
+  using I = Vec<int64_t, N>;
+  using Bits = Vec<uint64_t, N>;
   const auto as_integers = [](const int64_t* x) GTI_INLINE_LAMBDA {
     I v;
     std::memcpy(&v, x, sizeof(v));
     return v;
   };
-  Lanes<double> sum = {};
-  Lanes<uint64_t> checksum = {}, outside = {}, keys = {0, 1, 2, 3, 4, 5, 6, 7};
-  keys = keys * kChecksumKey + f.first;
+  Vec<double, N> sum[parts] = {};
+  Bits checksum = {}, outside = {};
+  Bits keys = places<uint64_t, N>() * kChecksumKey + f.first;
+  // `counted`: how many of the elements the checksum takes.
   const auto step = [&](T* q_at, const T* r_at, int64_t* Q_at, int64_t* P_at, const T* g_at,
-                        const double* w_at) GTI_INLINE_LAMBDA {
-    I P_v = as_integers(P_at);
-    if constexpr (kicks) {
-      const I by = nearest(f.kick * widen<kLanes>(load<kLanes>(g_at)));
-      const auto z = bits_as<Lanes<uint64_t>>(by) + keys;
-      keys += kLanes * kChecksumKey;
-      checksum += (z & 0xffffffffu) * (z >> 32);
-      P_v -= (by ^ f.sign) - f.sign;
-      std::memcpy(P_at, &P_v, sizeof(P_v));
-      outside |= beyond<kIncrementBits>(by) | beyond<kCoordinateBits>(P_v);
+                        const double* w_at, int64_t counted) GTI_INLINE_LAMBDA {
+    for (int h = 0; h < parts; ++h) {
+      const int at = h * N;
+      I P_v = as_integers(P_at + at);
+      if constexpr (kicks) {
+        const I by = nearest<N>(f.kick * widen<N>(load<N>(g_at + at)));
+        const auto z = bits_as<Bits>(by) + keys;
+        keys += N * kChecksumKey;
+        Bits terms = (z & 0xffffffffu) * (z >> 32);
+        for (int64_t l = std::max<int64_t>(counted - at, 0); l < N; ++l) terms[l] = 0;
+        checksum += terms;
+        P_v -= (by ^ f.sign) - f.sign;
+        std::memcpy(P_at + at, &P_v, sizeof(P_v));
+        outside |= beyond<kIncrementBits, N>(by) | beyond<kCoordinateBits, N>(P_v);
+      }
+      const auto p = real<N>(P_v);
+      if constexpr (drifts) {
+        const auto b = w_at ? f.drift * load<N>(w_at + at) : f.drift + Vec<double, N>{};
+        const I by = nearest<N>(b * p);
+        const I Q_v = as_integers(Q_at + at) + ((by ^ f.sign) - f.sign);
+        std::memcpy(Q_at + at, &Q_v, sizeof(Q_v));
+        outside |= beyond<kIncrementBits, N>(by) | beyond<kCoordinateBits, N>(Q_v);
+        auto q_v = f.unit_q * real<N>(Q_v);  // the unit is a power of two: exact
+        if (r_at) q_v += widen<N>(load<N>(r_at + at));
+        store(q_at + at, rounded_to<N>(static_cast<C*>(nullptr), q_v));
+      }
+      if constexpr (drifts || !kicks) sum[h] += w_at ? load<N>(w_at + at) * p * p : p * p;
     }
-    const auto p = real(P_v);
-    if constexpr (drifts) {
-      const I by = nearest((w_at ? f.drift * load<kLanes>(w_at) : f.drift + Lanes<double>{}) * p);
-      const I Q_v = as_integers(Q_at) + ((by ^ f.sign) - f.sign);
-      std::memcpy(Q_at, &Q_v, sizeof(Q_v));
-      outside |= beyond<kIncrementBits>(by) | beyond<kCoordinateBits>(Q_v);
-      auto q_v = f.unit_q * real(Q_v);  // the unit is a power of two: exact
-      if (r_at) q_v += widen<kLanes>(load<kLanes>(r_at));
-      store(q_at, rounded_to(static_cast<C*>(nullptr), q_v));
-    }
-    if constexpr (drifts || !kicks) sum += w_at ? load<kLanes>(w_at) * p * p : p * p;
   };
   int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
+  for (; i + kStep <= n; i += kStep) {
     fetch_ahead(P + i);
     if constexpr (kicks) fetch_ahead(grad + i);
     if constexpr (drifts) fetch_ahead(Q + i);
     if constexpr (drifts) fetch_ahead(q + i);
     step(q + i, remainder ? remainder + i : nullptr, Q + i, P + i, kicks ? grad + i : nullptr,
-         w ? w + i : nullptr);
+         w ? w + i : nullptr, kStep);
   }
-  if (i < n) {  // the tail, padded with zeros, which count in the checksum alone
+  if (i < n) {  // the tail, padded with zeros
     const int64_t rest = n - i;
-    T q_t[kLanes], r_t[kLanes] = {}, g_t[kLanes] = {};
-    int64_t Q_t[kLanes] = {}, P_t[kLanes] = {};
-    double w_t[kLanes] = {};
+    T q_t[kStep], r_t[kStep] = {}, g_t[kStep] = {};
+    int64_t Q_t[kStep] = {}, P_t[kStep] = {};
+    double w_t[kStep] = {};
     if (remainder) copy_tail(r_t, remainder + i, rest);
     copy_tail(Q_t, Q + i, rest);
     copy_tail(P_t, P + i, rest);
     if (kicks) copy_tail(g_t, grad + i, rest);
     if (w) copy_tail(w_t, w + i, rest);
-    const auto before = checksum;
-    step(q_t, r_t, Q_t, P_t, g_t, w ? w_t : nullptr);
-    for (int64_t l = rest; l < kLanes; ++l) checksum[l] = before[l];
+    step(q_t, r_t, Q_t, P_t, g_t, w ? w_t : nullptr, rest);
     if (drifts) copy_tail(q + i, q_t, rest);
     if (drifts) copy_tail(Q + i, Q_t, rest);
     if (kicks) copy_tail(P + i, P_t, rest);
   }
   uint64_t bits = 0;
-  for (int l = 0; l < kLanes; ++l) bits |= outside[l];
-  return {lane_sum<double, kLanes>(sum), lane_sum<uint64_t, kLanes>(checksum), bits == 0};
+  for (int l = 0; l < N; ++l) bits |= outside[l];
+  return {lane_sum<double, N, parts>(sum), lane_sum<uint64_t, N>(checksum), bits == 0};
 }
 
-#define GTI_GRID_CHUNK(T)                                                                        \
-  GTI_CLONES Partial grid_chunk(T* q, const T* r, int64_t* Q, int64_t* P, const T* grad,         \
-                                const double* w, const GridFactors& f, bool drifts, int64_t n) { \
-    if (!drifts)                                                                                 \
-      return grad ? grid_advance<true, false, T>(q, r, Q, P, grad, w, f, n)                      \
-                  : grid_advance<false, false, T>(q, r, Q, P, grad, w, f, n);                    \
-    if (grad && !r && !w) /* most tensors: two branches less for each vector */                  \
-      return grid_advance<true, true, T>(q, nullptr, Q, P, grad, nullptr, f, n);                 \
-    return grad ? grid_advance<true, true, T>(q, r, Q, P, grad, w, f, n)                         \
-                : grid_advance<false, true, T>(q, r, Q, P, grad, w, f, n);                       \
-  }
+#define GTI_GRID_CHUNK(T)                                                                  \
+  GTI_LEVELS(Partial, grid_chunk,                                                          \
+             (T * q, const T* r, int64_t* Q, int64_t* P, const T* grad, const double* w,   \
+              const GridFactors& f, bool drifts, int64_t n),                               \
+             if (!drifts) return grad                                                      \
+                 ? grid_advance<B, true, false, T>(q, r, Q, P, grad, w, f, n)              \
+                 : grid_advance<B, false, false, T>(q, r, Q, P, grad, w, f, n);            \
+             if (grad && !r && !w) /* most tensors: two branches less for each vector */   \
+             return grid_advance<B, true, true, T>(q, nullptr, Q, P, grad, nullptr, f, n); \
+             return grad ? grid_advance<B, true, true, T>(q, r, Q, P, grad, w, f, n)       \
+                         : grid_advance<B, false, true, T>(q, r, Q, P, grad, w, f, n);)
 GTI_GRID_CHUNK(double)
 GTI_GRID_CHUNK(float)
 GTI_GRID_CHUNK(bf16)

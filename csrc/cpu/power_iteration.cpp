@@ -24,23 +24,22 @@ constexpr int64_t kPanelBytes = 128 * 1024;  // of a packed panel of a large mat
 constexpr int64_t kBlockBytes = 256 * 1024;  // of a block of rows with a z of its own, at least
 constexpr int64_t kMaxBlocks = 64;
 
-// ---- the clones --------------------------------------------------------------------------------
+// ---- functions of each level -------------------------------------------------------------------
 
 // Small functions: the compiler's time grows faster than their size.
-#define GTI_PASSES(T)                                                                              \
-  GTI_CLONES void one_vector(const T* w, int64_t rows, Strides at, const compute_t<T>* x,          \
-                             compute_t<T>* y, compute_t<T>* z, const compute_t<T>* ahead) {        \
-    one_vector_any<false, T, compute_t<T>>(w, rows, at, x, y, z, nullptr, ahead);                  \
-  }                                                                                                \
-  GTI_CLONES void one_vector_measured(const T* w, int64_t rows, Strides at, const compute_t<T>* x, \
-                                      compute_t<T>* y, compute_t<T>* z, const compute_t<T>* ahead, \
-                                      Sizes<compute_t<T>>* sizes) {                                \
-    one_vector_any<true, T, compute_t<T>>(w, rows, at, x, y, z, sizes, ahead);                     \
-  }                                                                                                \
-  GTI_CLONES void two_vectors(const T* w, int64_t rows, Strides at, const compute_t<T>* x,         \
-                              compute_t<T>* y, compute_t<T>* z) {                                  \
-    all_rows<2, false, T, compute_t<T>>(w, rows, at, x, y, z, nullptr);                            \
-  }
+#define GTI_PASSES(T)                                                                          \
+  GTI_LEVELS(void, one_vector,                                                                 \
+             (const T* w, int64_t rows, Strides at, const compute_t<T>* x, compute_t<T>* y,    \
+              compute_t<T>* z, const compute_t<T>* ahead),                                     \
+             one_vector_any<B, false, T, compute_t<T>>(w, rows, at, x, y, z, nullptr, ahead);) \
+  GTI_LEVELS(void, one_vector_measured,                                                        \
+             (const T* w, int64_t rows, Strides at, const compute_t<T>* x, compute_t<T>* y,    \
+              compute_t<T>* z, const compute_t<T>* ahead, Sizes<compute_t<T>>* sizes),         \
+             one_vector_any<B, true, T, compute_t<T>>(w, rows, at, x, y, z, sizes, ahead);)    \
+  GTI_LEVELS(void, two_vectors,                                                                \
+             (const T* w, int64_t rows, Strides at, const compute_t<T>* x, compute_t<T>* y,    \
+              compute_t<T>* z),                                                                \
+             all_rows<B, 2, false, T, compute_t<T>>(w, rows, at, x, y, z, nullptr);)
 GTI_PASSES(double)
 GTI_PASSES(float)
 GTI_PASSES(bf16)
@@ -60,70 +59,44 @@ void panel_pass(const T* w, int64_t rows, int k, Strides at, const C* x, C* y, C
   if (c < k) one_vector(w, rows, at, x + c * at.np, y + c * at.mp, z + c * at.np, ahead);
 }
 
-#define GTI_GRAM(T)                                                                               \
-  GTI_CLONES void gram_panel(const T* w, int64_t n, bool tall, int64_t s, int64_t at,             \
-                             int64_t count, compute_t<T>* panel, double* g) {                     \
-    tall ? gram_of_rows(w, s, at, count, panel, g)                                                \
-         : gram_of_columns(w, n, s, at, count, panel, g);                                         \
-  }                                                                                               \
-  GTI_CLONES void combine_rows(const T* w, int64_t m, int64_t n, const double* c, int64_t stride, \
-                               int64_t begin, int64_t end, double* out) {                         \
-    combine_rows_any(w, m, n, c, stride, begin, end, out);                                        \
-  }
+#define GTI_GRAM(T)                                                                             \
+  GTI_LEVELS(void, gram_panel,                                                                  \
+             (const T* w, int64_t n, bool tall, int64_t s, int64_t at, int64_t count,           \
+              compute_t<T>* panel, double* g),                                                  \
+             tall ? gram_of_rows<B>(w, s, at, count, panel, g)                                  \
+                  : gram_of_columns<B>(w, n, s, at, count, panel, g);)                          \
+  GTI_LEVELS(void, combine_rows,                                                                \
+             (const T* w, int64_t m, int64_t n, const double* c, int64_t stride, int64_t begin, \
+              int64_t end, double* out),                                                        \
+             combine_rows_any<B>(w, m, n, c, stride, begin, end, out);)                         \
+  GTI_LEVELS(void, pack,                                                                        \
+             (const T* w, int64_t rows, int64_t n, compute_t<T> scale, compute_t<T>* out),      \
+             pack_any<B>(w, rows, n, scale, out);)
 GTI_GRAM(double)
 GTI_GRAM(float)
 GTI_GRAM(bf16)
 GTI_GRAM(f16)
 #undef GTI_GRAM
-#define GTI_POWER_ITERATION(C)                                                                     \
-  GTI_CLONES void start_vector(uint64_t seed, uint64_t matrix, Iteration<C>& it, int c) {          \
-    for (int64_t j = 0; j < it.n; ++j)                                                             \
-      it.v[c * it.np + j] = start_element(seed, matrix, static_cast<uint64_t>(j * it.k + c));      \
-  }                                                                                                \
-  GTI_CLONES void make_basis(C* x, const C* b, int64_t stride, int count, int64_t n, int64_t np) { \
-    complete(x, b, stride, count, n, np);                                                          \
-  }                                                                                                \
-  GTI_CLONES double norm(const C* x, int64_t np) {                                                 \
-    double square;                                                                                 \
-    dots(x, x, np, 1, np, &square);                                                                \
-    return std::sqrt(square);                                                                      \
-  }                                                                                                \
-  GTI_CLONES C largest(const C* x, int64_t np) {                                                   \
-    constexpr int N = kLanes<C>;                                                                   \
-    auto most = load<N>(x);                                                                        \
-    for (int64_t i = N; i < np; i += N) {                                                          \
-      const auto x_v = load<N>(x + i);                                                             \
-      most = x_v > most ? x_v : most;                                                              \
-    }                                                                                              \
-    C out = most[0];                                                                               \
-    for (int i = 1; i < N; ++i) out = std::max(out, most[i]);                                      \
-    return out;                                                                                    \
-  }                                                                                                \
-  GTI_CLONES bool update_one(Iteration<C>& it, const Settings& set) {                              \
-    return update_any<1>(it, set);                                                                 \
-  }                                                                                                \
-  GTI_CLONES bool update_several(Iteration<C>& it, const Settings& set) {                          \
-    return update_any<0>(it, set);                                                                 \
-  }                                                                                                \
-  bool update(Iteration<C>& it, const Settings& set) {                                             \
-    return it.k == 1 ? update_one(it, set) : update_several(it, set);                              \
+
+#define GTI_POWER_ITERATION(C)                                                              \
+  GTI_LEVELS(void, start_vector, (uint64_t seed, uint64_t matrix, Iteration<C>& it, int c), \
+             for (int64_t j = 0; j < it.n; ++j) it.v[c * it.np + j] =                       \
+                 start_element(seed, matrix, static_cast<uint64_t>(j * it.k + c));)         \
+  GTI_LEVELS(void, make_basis,                                                              \
+             (C * x, const C* b, int64_t stride, int count, int64_t n, int64_t np),         \
+             complete<B>(x, b, stride, count, n, np);)                                      \
+  GTI_LEVELS(double, norm, (const C* x, int64_t np), return norm_any<B>(x, np);)            \
+  GTI_LEVELS(C, largest, (const C* x, int64_t np), return largest_any<B>(x, np);)           \
+  GTI_LEVELS(bool, update_one, (Iteration<C> & it, const Settings& set),                    \
+             return update_any<B, 1>(it, set);)                                             \
+  GTI_LEVELS(bool, update_several, (Iteration<C> & it, const Settings& set),                \
+             return update_any<B, 0>(it, set);)                                             \
+  bool update(Iteration<C>& it, const Settings& set) {                                      \
+    return it.k == 1 ? update_one(it, set) : update_several(it, set);                       \
   }
 GTI_POWER_ITERATION(double)
 GTI_POWER_ITERATION(float)
 #undef GTI_POWER_ITERATION
-
-GTI_CLONES void pack(const double* w, int64_t rows, int64_t n, double scale, double* out) {
-  pack_any(w, rows, n, scale, out);
-}
-GTI_CLONES void pack(const float* w, int64_t rows, int64_t n, float scale, float* out) {
-  pack_any(w, rows, n, scale, out);
-}
-GTI_CLONES void pack(const bf16* w, int64_t rows, int64_t n, float scale, float* out) {
-  pack_any(w, rows, n, scale, out);
-}
-GTI_CLONES void pack(const f16* w, int64_t rows, int64_t n, float scale, float* out) {
-  pack_any(w, rows, n, scale, out);
-}
 
 // ---- one matrix --------------------------------------------------------------------------------
 
@@ -270,7 +243,7 @@ void run_small(Matrix<T> matrix, const Settings& set, const void* next,
   const C* w = matrix.panel(0, m, work.packed);
   const auto pass = [&](Sizes<C>* measured) {
     std::fill(it.z(set), it.z(set) + set.k * np, C(0));
-    const C* ahead = static_cast<const C*>(next) + it.steps % 8 * kLanes<C>;
+    const C* ahead = static_cast<const C*>(next) + it.steps % 8 * kBlock<C>;
     panel_pass(w, m, set.k, at, it.x(set), it.y(set), it.z(set), measured, ahead);
   };
   pass(&sizes);

@@ -20,10 +20,10 @@ constexpr int64_t gram_stride(int64_t s) { return (s + 31) / 32 * 32; }
 constexpr int64_t gram_panel_size(int64_t s) { return gram_stride(s) * (kGramPanel + 16); }
 
 // g [sp, sp] += WᵀW, on and above the diagonal, over the rows [at, at + count) of w [m, s].
-template <class T, class C>
+template <int B, class T, class C>
 GTI_INLINE void gram_of_rows(const T* w, int64_t s, int64_t at, int64_t count, C* panel,
                              double* g) {
-  constexpr int N = 64 / sizeof(C), R = 8, Q = 2;
+  constexpr int N = B / sizeof(C), R = B == 64 ? 8 : 4, Q = 2;
   const int64_t sp = gram_stride(s);
   for (int64_t c = 0; c < count; ++c) {
     const T* row = w + (at + c) * s;
@@ -55,10 +55,10 @@ GTI_INLINE void gram_of_rows(const T* w, int64_t s, int64_t at, int64_t count, C
 }
 
 // The same of W Wᵀ over the columns [at, at + count) of w [s, n].
-template <class T, class C>
+template <int B, class T, class C>
 GTI_INLINE void gram_of_columns(const T* w, int64_t n, int64_t s, int64_t at, int64_t count,
                                 C* panel, double* g) {
-  constexpr int N = 64 / sizeof(C), R = 4;
+  constexpr int N = B / sizeof(C), R = 4, Q = B == 64 ? 4 : 2;  // a tile of R x Q sums
   constexpr int64_t kStride = kGramPanel + 16;
   const int64_t sp = gram_stride(s);
   std::fill(panel, panel + gram_panel_size(s), C(0));
@@ -71,33 +71,34 @@ GTI_INLINE void gram_of_columns(const T* w, int64_t n, int64_t s, int64_t at, in
     }
     for (; c < count; ++c) panel[i * kStride + c] = load<1>(row + c)[0];
   }
+  constexpr int kSums = std::min(N, R * Q);  // at a time, for lane_sums
   for (int64_t i = 0; i < s; i += R)
-    for (int64_t j = i; j < s; j += R) {
-      Vec<C, N> sum[2][2 * R] = {};
+    for (int64_t j = i; j < s; j += Q) {
+      Vec<C, N> sum[R * Q / kSums][kSums] = {};
       for (int64_t c = 0; c < kGramPanel; c += N) {
-        Vec<C, N> a[R], b[R];
-        for (int r = 0; r < R; ++r) {
-          a[r] = load<N>(panel + (i + r) * kStride + c);
-          b[r] = load<N>(panel + (j + r) * kStride + c);
-        }
+        Vec<C, N> a[R], b[Q];
+        for (int r = 0; r < R; ++r) a[r] = load<N>(panel + (i + r) * kStride + c);
+        for (int q = 0; q < Q; ++q) b[q] = load<N>(panel + (j + q) * kStride + c);
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
-          for (int q = 0; q < R; ++q) sum[r / 2][r % 2 * R + q] += a[r] * b[q];
+          for (int q = 0; q < Q; ++q) {
+            const int e = r * Q + q;
+            sum[e / kSums][e % kSums] += a[r] * b[q];
+          }
       }
-      C out[2][2 * R];
-      for (int half = 0; half < 2; ++half) lane_sums<C, N>(sum[half], out[half]);
-      for (int r = 0; r < R; ++r)
-        for (int q = 0; q < R; ++q) g[(i + r) * sp + j + q] += out[r / 2][r % 2 * R + q];
+      C out[R * Q];
+      for (int e = 0; e < R * Q; e += kSums) lane_sums<C, N>(sum[e / kSums], out + e);
+      for (int e = 0; e < R * Q; ++e) g[(i + e / Q) * sp + j + e % Q] += out[e];
     }
 }
 
 // out[j] = Σ_i c_i w[i, j] over the m rows of w, for the columns [begin, end). A row at a time: the
 // rows may lie a power of two apart.
-template <class T>
+template <int B, class T>
 GTI_INLINE void combine_rows_any(const T* w, int64_t m, int64_t n, const double* c, int64_t stride,
                                  int64_t begin, int64_t end, double* out) {
-  constexpr int N = 8;
+  constexpr int N = B / 8;
   std::fill(out + begin, out + end, 0.0);
   for (int64_t i = 0; i < m; ++i) {
     const T* row = w + i * n;

@@ -11,13 +11,18 @@
 namespace gti {
 namespace {
 
+// Vectors of length n are padded to blocks of 64 bytes, a whole number of vectors at any level.
 template <class C>
-constexpr int kLanes = 64 / sizeof(C);
+constexpr int kBlock = 64 / sizeof(C);
 
 template <class C>
 int64_t padded(int64_t n) {
-  return (n + kLanes<C> - 1) / kLanes<C> * kLanes<C>;
+  return (n + kBlock<C> - 1) / kBlock<C> * kBlock<C>;
 }
+
+// Rows of W at a time whose sums fit in the registers of a level, for one vector x.
+template <int B, class C>
+constexpr int kRows = std::min<int>(B == 64 ? 8 : 4, B / sizeof(C));
 
 // Sizes of W, gathered during the first pass: the largest sum of |W| in a row, |W| by columns,
 // ‖W‖²_F. Sums run in C: their relative error, rows or columns times epsilon, is part of the bound
@@ -38,17 +43,23 @@ struct Sizes {
   }
 };
 
-// One vector of the compute type for each of the vectors that 64 bytes of W become.
+// Vectors of the compute type for each vector of W.
 template <class T>
 constexpr int kVectors = std::is_same_v<T, bf16> ? 2 : 1;
 
 // bf16 widens with a shift and a mask of its pairs: even columns, then odd ones. Where W is read in
-// this way (in_pairs) every vector of length n keeps its elements in that order.
+// this way (in_pairs) every vector of length n keeps its elements in that order, 32 at a time.
 template <class T>
 bool in_pairs(int64_t n) {
   return std::is_same_v<T, bf16> && n % 32 == 0;
 }
 inline int64_t place_in_pairs(int64_t j) { return j / 32 * 32 + j % 2 * 16 + j / 2 % 16; }
+
+// Where the vectors of length n have the q-th vector of the block of kVectors at j.
+template <class T>
+GTI_INLINE int64_t place_of(int64_t j, int q) {
+  return kVectors<T> == 1 ? j : j / 32 * 32 + j % 32 / 2 + q * 16;
+}
 
 template <int N, class T, class V>
 GTI_INLINE void load_block(const T* w, V (&out)[kVectors<T>]) {
@@ -69,10 +80,10 @@ struct Strides {
 // Two sweeps over rows of np columns in one, so that reading ahead and computing overlap: y [K, R]
 // = w x, and z [K, np] += beforeᵀ y_before for the rows before, whose y is known. With kMeasure,
 // also adds the rows w to sizes.
-template <int K, int R, bool kDot, bool kUpdate, bool kMeasure, class T, class C>
+template <int B, int K, int R, bool kDot, bool kUpdate, bool kMeasure, class T, class C>
 GTI_INLINE void row_group(const T* w, const T* before, Strides at, const C* x, const C* y_before,
                           C* y, C* z, Sizes<C>* sizes) {
-  constexpr int N = kLanes<C>, Q = kVectors<T>;
+  constexpr int N = B / sizeof(C), Q = kVectors<T>;
   const int64_t np = at.np;
   Vec<C, N> sum[K][R] = {}, y_v[K][R] = {}, size[R] = {}, squares = {}, w_v[Q];
   for (int k = 0; kUpdate && k < K; ++k)
@@ -81,7 +92,7 @@ GTI_INLINE void row_group(const T* w, const T* before, Strides at, const C* x, c
     if constexpr (kDot) {
       Vec<C, N> x_v[K][Q], column[Q] = {};
       for (int k = 0; k < K; ++k)
-        for (int q = 0; q < Q; ++q) x_v[k][q] = load<N>(x + k * np + j + q * N);
+        for (int q = 0; q < Q; ++q) x_v[k][q] = load<N>(x + k * np + place_of<T>(j, q));
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         // The next group, into L2: measured a twentieth faster for pairs, slower for fp32.
@@ -98,7 +109,7 @@ GTI_INLINE void row_group(const T* w, const T* before, Strides at, const C* x, c
         }
       }
       for (int q = 0; kMeasure && q < Q; ++q) {
-        C* column_at = sizes->column + j + q * N;
+        C* column_at = sizes->column + place_of<T>(j, q);
         store(column_at, load<N>(column_at) + column[q]);
       }
     }
@@ -106,7 +117,7 @@ GTI_INLINE void row_group(const T* w, const T* before, Strides at, const C* x, c
       constexpr int kChains = K == 1 ? 2 : 1;
       Vec<C, N> z_v[K][Q][kChains] = {};
       for (int k = 0; k < K; ++k)
-        for (int q = 0; q < Q; ++q) z_v[k][q][0] = load<N>(z + k * np + j + q * N);
+        for (int q = 0; q < Q; ++q) z_v[k][q][0] = load<N>(z + k * np + place_of<T>(j, q));
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         load_block<N>(before + r * np + j, w_v);
@@ -115,7 +126,7 @@ GTI_INLINE void row_group(const T* w, const T* before, Strides at, const C* x, c
       }
       for (int k = 0; k < K; ++k)
         for (int q = 0; q < Q; ++q)
-          store(z + k * np + j + q * N,
+          store(z + k * np + place_of<T>(j, q),
                 z_v[k][q][0] + (K == 1 ? z_v[k][q][kChains - 1] : Vec<C, N>{}));
     }
   }
@@ -128,23 +139,23 @@ GTI_INLINE void row_group(const T* w, const T* before, Strides at, const C* x, c
 }
 
 // Rows in groups of R, each group's dot products together with the last group's update of z.
-template <int K, int R, bool kMeasure, class T, class C>
+template <int B, int K, int R, bool kMeasure, class T, class C>
 GTI_INLINE void rows_pass(const T* w, int64_t groups, Strides at, const C* x, C* y, C* z,
                           Sizes<C>* sizes) {
   if (groups == 0) return;
-  row_group<K, R, true, false, kMeasure, T, C>(w, w, at, x, y, y, z, sizes);
+  row_group<B, K, R, true, false, kMeasure, T, C>(w, w, at, x, y, y, z, sizes);
   for (int64_t g = 1; g < groups; ++g, w += R * at.np, y += R)
-    row_group<K, R, true, true, kMeasure, T, C>(w + R * at.np, w, at, x, y, y + R, z, sizes);
-  row_group<K, R, false, true, false, T, C>(w, w, at, x, y, y, z, sizes);
+    row_group<B, K, R, true, true, kMeasure, T, C>(w + R * at.np, w, at, x, y, y + R, z, sizes);
+  row_group<B, K, R, false, true, false, T, C>(w, w, at, x, y, y, z, sizes);
 }
 
 // The same for rows of V vectors, few enough that x and z stay in registers. Also asks for one part
 // in eight of the rows at `ahead`. Returns the number of rows done, whole groups.
-template <int V, bool kMeasure, class C>
+template <int B, int V, bool kMeasure, class C>
 GTI_INLINE int64_t narrow_pass(const C* w, int64_t rows, const C* x, C* y, C* z, Sizes<C>* sizes,
                                const C* ahead) {
-  constexpr int N = kLanes<C>, R = 8;
-  constexpr int64_t kGroup = R * V * N;
+  constexpr int N = B / sizeof(C), R = kRows<B, C>;
+  constexpr int64_t kGroup = R * V * N, kLine = kBlock<C>;
   Vec<C, N> x_v[V], z_v[2][V] = {}, column[V] = {}, squares = {};
   for (int j = 0; j < V; ++j) {
     x_v[j] = load<N>(x + j * N);
@@ -180,7 +191,8 @@ GTI_INLINE int64_t narrow_pass(const C* w, int64_t rows, const C* x, C* y, C* z,
   };
   const int64_t groups = rows / R;
   for (int64_t g = 0; g < groups; ++g) {
-    for (int line = 0; line < V; ++line) __builtin_prefetch(ahead + (g * V + line) * 8 * N, 0, 2);
+    for (int64_t at = 0; at < kGroup; at += 8 * kLine)
+      __builtin_prefetch(ahead + g * kGroup + at, 0, 2);
     multiply(w + g * kGroup, y + g * R);
     if (g > 0) update(w + (g - 1) * kGroup, y + (g - 1) * R);
   }
@@ -194,48 +206,48 @@ GTI_INLINE int64_t narrow_pass(const C* w, int64_t rows, const C* x, C* y, C* z,
   return groups * R;
 }
 
-template <int K, bool kMeasure, class T, class C>
+template <int B, int K, bool kMeasure, class T, class C>
 GTI_INLINE void all_rows(const T* w, int64_t rows, Strides at, const C* x, C* y, C* z,
                          Sizes<C>* sizes) {
-  constexpr int R = 8 / K;
+  constexpr int R = std::max(1, kRows<B, C> / K);
   const int64_t grouped = rows / R * R;
-  rows_pass<K, R, kMeasure>(w, rows / R, at, x, y, z, sizes);
-  rows_pass<K, 1, kMeasure>(w + grouped * at.np, rows % R, at, x, y + grouped, z, sizes);
+  rows_pass<B, K, R, kMeasure>(w, rows / R, at, x, y, z, sizes);
+  rows_pass<B, K, 1, kMeasure>(w + grouped * at.np, rows % R, at, x, y + grouped, z, sizes);
 }
 
-template <bool kMeasure, class T, class C>
+template <int B, bool kMeasure, class T, class C>
 GTI_INLINE void one_vector_any(const T* w, int64_t rows, Strides at, const C* x, C* y, C* z,
                                Sizes<C>* sizes, const C* ahead) {
   int64_t done = 0;
   if constexpr (std::is_same_v<T, C>) {
-    const int64_t vectors = at.np / kLanes<C>;
-    if (vectors == 1) done = narrow_pass<1, kMeasure>(w, rows, x, y, z, sizes, ahead);
-    if (vectors == 2) done = narrow_pass<2, kMeasure>(w, rows, x, y, z, sizes, ahead);
-    if (vectors == 3) done = narrow_pass<3, kMeasure>(w, rows, x, y, z, sizes, ahead);
-    if (vectors == 4) done = narrow_pass<4, kMeasure>(w, rows, x, y, z, sizes, ahead);
+    const int64_t vectors = at.np / (B / sizeof(C));
+    if (vectors == 1) done = narrow_pass<B, 1, kMeasure>(w, rows, x, y, z, sizes, ahead);
+    if (vectors == 2) done = narrow_pass<B, 2, kMeasure>(w, rows, x, y, z, sizes, ahead);
+    if (vectors == 3) done = narrow_pass<B, 3, kMeasure>(w, rows, x, y, z, sizes, ahead);
+    if (vectors == 4) done = narrow_pass<B, 4, kMeasure>(w, rows, x, y, z, sizes, ahead);
   }
-  all_rows<1, kMeasure>(w + done * at.np, rows - done, at, x, y + done, z, sizes);
+  all_rows<B, 1, kMeasure>(w + done * at.np, rows - done, at, x, y + done, z, sizes);
 }
 
 // Copies rows of n elements to rows of np, scaled, the rest of each row zero.
-template <class T, class C>
+template <int B, class T, class C>
 GTI_INLINE void pack_any(const T* w, int64_t rows, int64_t n, C scale, C* out) {
-  constexpr int N = kLanes<C>;
+  constexpr int N = B / sizeof(C);
   const int64_t np = padded<C>(n), whole = n / N * N;
   for (int64_t r = 0; r < rows; ++r, w += n, out += np) {
     if (in_pairs<T>(n)) {
       Vec<C, N> w_v[kVectors<T>];
       for (int64_t j = 0; j < n; j += kVectors<T> * N) {
         load_block<N>(w + j, w_v);
-        for (int q = 0; q < kVectors<T>; ++q) store(out + j + q * N, scale * w_v[q]);
+        for (int q = 0; q < kVectors<T>; ++q) store(out + place_of<T>(j, q), scale * w_v[q]);
       }
       continue;
     }
     for (int64_t j = 0; j < whole; j += N) store(out + j, scale * load<N>(w + j));
     if (whole < np) {
-      T tail[N] = {};
+      T tail[kBlock<C>] = {};
       std::memcpy(tail, w + whole, (n - whole) * sizeof(T));
-      store(out + whole, scale * load<N>(tail));
+      for (int64_t j = whole; j < np; j += N) store(out + j, scale * load<N>(tail + (j - whole)));
     }
   }
 }

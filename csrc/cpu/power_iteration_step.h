@@ -26,9 +26,9 @@ GTI_INLINE float start_element(uint64_t seed, uint64_t matrix, uint64_t e) {
 }
 
 // out[i] = a · b_i in fp64, i < count, of rows b_i `stride` apart; n is a multiple of 8.
-template <int K, class C>
+template <int B, int K, class C>
 GTI_INLINE void dots_of(const C* a, const C* b, int64_t stride, int64_t n, double* out) {
-  constexpr int N = 8;
+  constexpr int N = B / 8;
   Vec<double, N> sum[K] = {};
   for (int64_t i = 0; i < n; i += N) {
     const auto a_v = widen<N>(load<N>(a + i));
@@ -37,18 +37,39 @@ GTI_INLINE void dots_of(const C* a, const C* b, int64_t stride, int64_t n, doubl
   }
   for (int k = 0; k < K; ++k) out[k] = lane_sum<double, N>(sum[k]);
 }
-template <class C>
+template <int B, class C>
 GTI_INLINE void dots(const C* a, const C* b, int64_t stride, int count, int64_t n, double* out) {
-  for (; count >= 3; count -= 3, b += 3 * stride, out += 3) dots_of<3>(a, b, stride, n, out);
-  if (count == 2) dots_of<2>(a, b, stride, n, out);
-  if (count == 1) dots_of<1>(a, b, stride, n, out);
+  for (; count >= 3; count -= 3, b += 3 * stride, out += 3) dots_of<B, 3>(a, b, stride, n, out);
+  if (count == 2) dots_of<B, 2>(a, b, stride, n, out);
+  if (count == 1) dots_of<B, 1>(a, b, stride, n, out);
+}
+
+template <int B, class C>
+GTI_INLINE double norm_any(const C* x, int64_t n) {
+  double square;
+  dots<B>(x, x, n, 1, n, &square);
+  return std::sqrt(square);
+}
+
+// The largest element; n is a multiple of kBlock.
+template <int B, class C>
+GTI_INLINE C largest_any(const C* x, int64_t n) {
+  constexpr int N = B / sizeof(C);
+  auto most = load<N>(x);
+  for (int64_t i = N; i < n; i += N) {
+    const auto x_v = load<N>(x + i);
+    most = x_v > most ? x_v : most;
+  }
+  C out = most[0];
+  for (int i = 1; i < N; ++i) out = std::max(out, most[i]);
+  return out;
 }
 
 // x ← scale·x − Σ c_i b_i
-template <class C>
+template <int B, class C>
 GTI_INLINE void subtract(C* x, double scale, const C* b, int64_t stride, int count, int64_t n,
                          const double* c) {
-  constexpr int N = kLanes<C>;
+  constexpr int N = B / sizeof(C);
   for (int64_t j = 0; j < n; j += N) {
     auto x_v = static_cast<C>(scale) * load<N>(x + j);
     for (int i = 0; i < count; ++i) x_v -= static_cast<C>(c[i]) * load<N>(b + i * stride + j);
@@ -58,37 +79,37 @@ GTI_INLINE void subtract(C* x, double scale, const C* b, int64_t stride, int cou
 
 // Makes x a unit vector orthogonal to the `count` orthonormal rows b, or zero where nothing is left
 // of it (then false). Twice is enough (Giraud, Langou, Rozložník 2005).
-template <class C>
+template <int B, class C>
 GTI_INLINE bool orthonormalize(C* x, const C* b, int64_t stride, int count, int64_t n) {
   double c[3 * kMaxTriples], norm2;
-  dots(x, x, n, 1, n, &norm2);
+  dots<B>(x, x, n, 1, n, &norm2);
   double scale = norm2 > 0.0 && std::isfinite(norm2) ? 1.0 / std::sqrt(norm2) : 0.0;
   for (int twice = 0; twice < 2 && count > 0 && scale > 0.0; ++twice) {
-    dots(x, b, stride, count, n, c);
+    dots<B>(x, b, stride, count, n, c);
     for (int i = 0; i < count; ++i) c[i] *= scale;
-    subtract(x, scale, b, stride, count, n, c);
-    dots(x, x, n, 1, n, &norm2);
+    subtract<B>(x, scale, b, stride, count, n, c);
+    dots<B>(x, x, n, 1, n, &norm2);
     const double left = std::sqrt(norm2);
     // What is left of a direction that the b span is rounding, and lies in their span again, as far
     // as they are orthonormal: the second time shows it.
     scale = left > (twice ? 0.5 : 100.0 * std::numeric_limits<C>::epsilon()) ? 1.0 / left : 0.0;
   }
-  subtract(x, scale, b, stride, 0, n, c);
+  subtract<B>(x, scale, b, stride, 0, n, c);
   return scale > 0.0;
 }
 
 // The same, but what would be zero becomes a random direction.
-template <class C>
+template <int B, class C>
 GTI_INLINE void complete(C* x, const C* b, int64_t stride, int count, int64_t n, int64_t np) {
-  for (uint64_t attempt = 0; !orthonormalize(x, b, stride, count, np); ++attempt)
+  for (uint64_t attempt = 0; !orthonormalize<B>(x, b, stride, count, np); ++attempt)
     for (int64_t j = 0; j < n; ++j) x[j] = start_element(attempt, ~uint64_t{0}, j);
 }
 
 // Row c < outputs ← Σ_i to[c][i] x_i, of `inputs` rows x_i of length n, one after the other.
-template <class C>
+template <int B, class C>
 GTI_INLINE void combine(C* x, int64_t n, int inputs, int outputs,
                         const double (*to)[3 * kMaxTriples]) {
-  constexpr int N = kLanes<C>;
+  constexpr int N = B / sizeof(C);
   Vec<C, N> in[3 * kMaxTriples];
   for (int64_t j = 0; j < n; j += N) {
     for (int i = 0; i < inputs; ++i) in[i] = load<N>(x + i * n + j);
@@ -187,11 +208,11 @@ struct Iteration {
 };
 
 // The best v in the span of the first p rows of the search space, and s, the move that led there.
-template <class C>
+template <int B, class C>
 GTI_INLINE void rayleigh_ritz(Iteration<C>& it, int k, int p) {
   double t[3 * kMaxTriples][3 * kMaxTriples], to[2 * kMaxTriples][3 * kMaxTriples];
   for (int i = 0; i < p; ++i) {
-    dots(it.yv + i * it.mp, it.yv + i * it.mp, it.mp, p - i, it.mp, &t[i][i]);
+    dots<B>(it.yv + i * it.mp, it.yv + i * it.mp, it.mp, p - i, it.mp, &t[i][i]);
     for (int j = i + 1; j < p; ++j) t[j][i] = t[i][j];
   }
   top_eigenvectors(t, p, it.nonzero, k, to);
@@ -219,33 +240,33 @@ GTI_INLINE void rayleigh_ritz(Iteration<C>& it, int k, int p) {
     }
     outputs = 2 * k;
   }
-  combine(it.v, it.np, p, outputs, to);
-  combine(it.zv, it.np, p, outputs, to);
-  combine(it.yv, it.mp, p, outputs, to);
+  combine<B>(it.v, it.np, p, outputs, to);
+  combine<B>(it.zv, it.np, p, outputs, to);
+  combine<B>(it.yv, it.mp, p, outputs, to);
 }
 
 // After z and y of the last directions are there: improves v, its residual and the next directions.
 // Returns true when the iteration is over.
 // K: k where the compiler is to know it, else 0.
-template <int K, class C>
+template <int B, int K, class C>
 GTI_INLINE bool update_any(Iteration<C>& it, const Settings& set) {
   const int k = K ? K : it.k;
   const int64_t mp = it.mp, np = it.np;
   ++it.steps;
   const bool first = it.steps == 1, power = set.method == PowerMethod::power;
-  if (k > 1 || !(first || power)) rayleigh_ritz(it, k, first || power ? k : 3 * k);
+  if (k > 1 || !(first || power)) rayleigh_ritz<B>(it, k, first || power ? k : 3 * k);
   const bool last = it.steps == set.max_steps;
   if (!power || last || set.tol > 0.0) {  // else nobody asks for the residual
     bool converged = true;
     for (int c = 0; c < k; ++c) {
       C* r = it.r + c * np;
       double square;
-      dots(it.yv + c * mp, it.yv + c * mp, mp, 1, mp, &it.theta[c]);
+      dots<B>(it.yv + c * mp, it.yv + c * mp, mp, 1, mp, &it.theta[c]);
       const C theta = static_cast<C>(it.theta[c]);
       const C *v = it.v + c * np, *zv = it.zv + c * np;
 #pragma omp simd
       for (int64_t j = 0; j < np; ++j) r[j] = zv[j] - theta * v[j];
-      dots(r, r, np, 1, np, &square);
+      dots<B>(r, r, np, 1, np, &square);
       it.residual[c] = it.theta[0] > 0.0 ? std::sqrt(square) / it.theta[0] : 0.0;
       converged &= it.residual[c] <= set.tol;
     }
@@ -254,10 +275,10 @@ GTI_INLINE bool update_any(Iteration<C>& it, const Settings& set) {
   for (int c = 0; c < k; ++c) {
     if (power) {
       std::copy(it.zv + c * np, it.zv + (c + 1) * np, it.v + c * np);
-      complete(it.v + c * np, it.v, np, c, it.n, np);
+      complete<B>(it.v + c * np, it.v, np, c, it.n, np);
     } else {
       // The residuals of a Ritz basis are orthogonal to the space they come from, up to rounding.
-      it.nonzero[2 * k + c] = orthonormalize(it.r + c * np, it.v, np, 2 * k + c, np);
+      it.nonzero[2 * k + c] = orthonormalize<B>(it.r + c * np, it.v, np, 2 * k + c, np);
     }
   }
   return false;

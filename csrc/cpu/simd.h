@@ -1,4 +1,5 @@
-// Vectors of the compiler, loads and stores of the four element types, and per-ISA clones.
+// Vectors of the compiler, loads and stores of the four element types, and functions for each
+// instruction level.
 #pragma once
 
 #include <algorithm>
@@ -16,13 +17,30 @@
 
 #include "gti/common.h"
 
-// A function marked GTI_CLONES is compiled once per instruction level; the loader picks the best.
-// It is the hot loop of a kernel: what it calls must be GTI_INLINE, and it opens no parallel
-// region.
+// GTI_LEVELS(result, name, (parameters), body) defines a function once for each instruction level;
+// the loader picks the best. In the body B is the width of a vector register in bytes: the compiler
+// keeps wider vectors in memory. It is for the hot loop of a kernel: what the body calls must be
+// GTI_INLINE, a template on B, and open no parallel region.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__gnu_linux__)
-#define GTI_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define GTI_LEVELS(result, name, parameters, ...)                    \
+  __attribute__((target("arch=x86-64-v4"))) result name parameters { \
+    [[maybe_unused]] constexpr int B = 64;                           \
+    __VA_ARGS__                                                      \
+  }                                                                  \
+  __attribute__((target("arch=x86-64-v3"))) result name parameters { \
+    [[maybe_unused]] constexpr int B = 32;                           \
+    __VA_ARGS__                                                      \
+  }                                                                  \
+  __attribute__((target("default"))) result name parameters {        \
+    [[maybe_unused]] constexpr int B = 16;                           \
+    __VA_ARGS__                                                      \
+  }
 #else
-#define GTI_CLONES
+#define GTI_LEVELS(result, name, parameters, ...) \
+  result name parameters {                        \
+    [[maybe_unused]] constexpr int B = 16;        \
+    __VA_ARGS__                                   \
+  }
 #endif
 #define GTI_INLINE inline __attribute__((always_inline))
 #define GTI_INLINE_LAMBDA __attribute__((always_inline))
@@ -161,6 +179,18 @@ GTI_INLINE T lane_sum(const Vec<T, N>& v) {
   }
 }
 
+// The same of P vectors, taken for one of P·N lanes.
+template <class T, int N, int P>
+GTI_INLINE T lane_sum(const Vec<T, N> (&v)[P]) {
+  if constexpr (P == 1) {
+    return lane_sum<T, N>(v[0]);
+  } else {
+    Vec<T, N> half[P / 2];
+    for (int i = 0; i < P / 2; ++i) half[i] = v[i] + v[i + P / 2];
+    return lane_sum<T, N, P / 2>(half);
+  }
+}
+
 #if defined(__clang__)
 #define GTI_SHUFFLE(T, N, a, b, index) gti::shuffle_by_index<T, N>(a, b, index)
 template <class T, int N, class I>
@@ -201,9 +231,10 @@ GTI_INLINE Vec<T, N> fold_all(const Vec<T, N> (&v)[R]) {
   }
 }
 
-// out[r] = the sum of the lanes of v[r].
+// out[r] = the sum of the lanes of v[r]; R ≤ N.
 template <class T, int N, int R>
 GTI_INLINE void lane_sums(const Vec<T, N> (&v)[R], T* out) {
+  static_assert(R <= N);
   const Vec<T, N> sums = fold_all<T, N, N>(v);
   for (int r = 0; r < R; ++r) out[r] = sums[r];
 }
