@@ -21,8 +21,8 @@ constexpr int kTile = 4;
 constexpr int kArea = kTile * kTile;
 constexpr int kLanes = 8;
 constexpr int64_t kDepth = 2048;  // columns that a lane's sum sees at most, over kLanes
-constexpr int64_t kPanelBytes = 16 * 1024, kLargePanelBytes = 256 * 1024;  // of all rows in fp64
-constexpr int64_t kMinPanel = 64, kMaxPanel = 256;                         // columns
+constexpr int64_t kPanelBytes = 24 * 1024, kLargePanelBytes = 256 * 1024;  // of all rows in fp64
+constexpr int64_t kMinPanel = 64, kMaxPanel = 128;                         // columns
 constexpr int64_t kMaxSegments = 64;
 constexpr int64_t kSegment = 16384;  // columns at least
 constexpr int64_t kCacheLine = 64;
@@ -107,87 +107,84 @@ struct Ahead {
   int64_t each = 0, shift = 0;
 };
 
-// Lane by lane: GCC makes one instruction of this, and six of __builtin_convertvector.
-template <int N, class V>
-GTI_INLINE Vec<double, N> wide(const V& v) {
-  double lanes[N];
-  for (int l = 0; l < N; ++l) lanes[l] = v[l];
-  return load<N>(lanes);
-}
+// Where a skew tile lies on the diagonal, only six pairs i < j are summed, and their sums would
+// wait for each other: with registers to spare the two terms have sums of their own, the second
+// one's in place of (j, i).
+template <int B>
+constexpr bool kTwoSums = B == 64;
 
 // Adds n columns, a multiple of kLanes, to the sums of 4 x 4 pairs. kUpper: a tile on the diagonal,
-// where both sides are the same rows, and only pairs of i < j (skew) or i <= j are summed. The two
-// terms of skew have sums of their own there, the second one's in place of (j, i): six sums alone
-// would wait for each other. A sweep over the columns adds the lanes from `lane` on of the pairs
-// with kWidth rows j from kFirst on: what fits in the registers of a level.
-template <Form kForm, bool kUpper, int N, int kFirst, int kWidth, class Sum>
-GTI_INLINE void tile_sweep(const Rows& r, int64_t n, int lane, Ahead ahead, Sum* sums) {
+// where both sides are the same rows, and only pairs of i < j (skew) or i <= j are summed. A sweep
+// over the columns takes the lanes from `lane` on and the rows j from kFirst on, kWidth of them:
+// what fits in the registers of a level.
+template <int B, Form kForm, bool kUpper, int kFirst, int kWidth, class Sum>
+GTI_INLINE void tile_sweep(const Rows& r, int64_t n, int lane, const Ahead& ahead, Sum* sums) {
+  constexpr int N = B / 8;
   using V = Vec<double, N>;
-  using Part = typename Sum::template Part<N>;
-  constexpr bool kTwo = kUpper && kForm == Form::skew;
-  // Whether the pair (i, kFirst + j) is summed.
-  constexpr auto counts = [](int i, int j) { return !kUpper || i < kFirst + j + (kTwo ? 0 : 1); };
-  Part s[kWidth][kTile], second[kWidth][kTile];
+  constexpr bool kGram = kForm == Form::gram, kSkew = kForm == Form::skew;
+  constexpr bool kTwo = kUpper && kSkew && kTwoSums<B>, kSame = kUpper && !kGram && kWidth == kTile;
+  constexpr auto counts = [](int i, int j) { return !kUpper || (kSkew ? i < j : i <= j); };
+  typename Sum::template Part<N> s[kTile][kWidth], second[kTile][kWidth];
 #pragma GCC unroll 4
-  for (int j = 0; j < kWidth; ++j)
-#pragma GCC unroll 4
-    for (int i = 0; i < kTile; ++i) {
-      if (!counts(i, j)) continue;
-      s[j][i].read(sums[i * kTile + kFirst + j], lane);
-      if (kTwo) second[j][i].read(sums[(kFirst + j) * kTile + i], lane);
-    }
-  const char* const* line = ahead.lines;
-  for (int64_t c = lane; c < n; c += kLanes) {
-    for (int64_t k = 0; k < ahead.each; ++k) __builtin_prefetch(*line++ + ahead.shift);
-    V x[kTile], y[kTile];
-#pragma GCC unroll 4
-    for (int i = 0; i < kTile; ++i) {
-      if (kWidth < kTile && !counts(i, kWidth - 1)) continue;
-      x[i] = load<N>(r.xi + i * r.stride + c);
-      if (kForm != Form::gram) y[i] = load<N>(r.yi + i * r.stride + c);
-    }
+  for (int i = 0; i < kTile; ++i)
 #pragma GCC unroll 4
     for (int j = 0; j < kWidth; ++j) {
-      constexpr bool kSame = kUpper && kForm != Form::gram && kWidth == kTile;
-      const V v = kSame ? y[j] : load<N>(r.yj + (kFirst + j) * r.stride + c);
-      const V u = kSame                 ? x[j]
-                  : kForm == Form::gram ? v
-                                        : load<N>(r.xj + (kFirst + j) * r.stride + c);
+      if (!counts(i, kFirst + j)) continue;
+      s[i][j].read(sums[i * kTile + kFirst + j], lane);
+      if (kTwo) second[i][j].read(sums[(kFirst + j) * kTile + i], lane);
+    }
+  // Each sweep asks for its share of the memory.
+  constexpr int kSweeps = kTile / kWidth * (kLanes / N);
+  const int64_t sweep = (lane * kTile / N + kFirst) / kWidth;
+  const int64_t from = ahead.each * sweep / kSweeps, to = ahead.each * (sweep + 1) / kSweeps;
+  const char* const* line = ahead.lines;
+  for (int64_t c = lane; c < n; c += kLanes, line += ahead.each) {
+    for (int64_t k = from; k < to; ++k) __builtin_prefetch(line[k] + ahead.shift);
+    V u[kWidth], v[kWidth];
 #pragma GCC unroll 4
-      for (int i = 0; i < kTile; ++i) {
-        if (!counts(i, j)) continue;
-        if (kForm == Form::metric) {
-          s[j][i].add(x[i], u);
-          s[j][i].add(y[i], v);
-        } else {
-          s[j][i].add(x[i], v);
-          if (kTwo)
-            second[j][i].add(y[i], u);
-          else if (kForm == Form::skew)
-            s[j][i].subtract(y[i], u);
-        }
+    for (int j = 0; j < kWidth; ++j) {
+      v[j] = load<N>(r.yj + (kFirst + j) * r.stride + c);
+      if (!kGram) u[j] = load<N>(r.xj + (kFirst + j) * r.stride + c);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < kTile; ++i) {
+      if (!counts(i, kFirst + kWidth - 1)) continue;
+      V x = kSame ? u[i % kWidth] : load<N>(r.xi + i * r.stride + c);
+      V y = kSame ? v[i % kWidth] : kGram ? x : load<N>(r.yi + i * r.stride + c);
+      if constexpr (B < 64) {
+        GTI_KEEP(x);
+        if (!kGram) GTI_KEEP(y);
+      }
+#pragma GCC unroll 4
+      for (int j = 0; j < kWidth; ++j) {
+        if (!counts(i, kFirst + j)) continue;
+        s[i][j].add(x, kForm == Form::metric ? u[j] : v[j]);
+        if (kForm == Form::metric) s[i][j].add(y, v[j]);
+        if (kTwo)
+          second[i][j].add(y, u[j]);
+        else if (kSkew)
+          s[i][j].subtract(y, u[j]);
       }
     }
   }
 #pragma GCC unroll 4
-  for (int j = 0; j < kWidth; ++j)
+  for (int i = 0; i < kTile; ++i)
 #pragma GCC unroll 4
-    for (int i = 0; i < kTile; ++i) {
-      if (!counts(i, j)) continue;
-      s[j][i].write(sums[i * kTile + kFirst + j], lane);
-      if (kTwo) second[j][i].write(sums[(kFirst + j) * kTile + i], lane);
+    for (int j = 0; j < kWidth; ++j) {
+      if (!counts(i, kFirst + j)) continue;
+      s[i][j].write(sums[i * kTile + kFirst + j], lane);
+      if (kTwo) second[i][j].write(sums[(kFirst + j) * kTile + i], lane);
     }
 }
 template <int B, Form kForm, bool kUpper, class Sum>
 GTI_INLINE void tile(const Rows& rows, int64_t n, Ahead ahead, Sum* sums) {
-  constexpr int N = B / 8;
-  constexpr int kWidth = B == 64 ? 4 : std::is_same_v<Sum, Plain> && !kUpper ? 2 : 1;
+  constexpr int kWidth = B == 64 ? 4 : std::is_same_v<Sum, Compensated> ? 1 : kUpper ? 4 : 2;
   const Rows r = rows;
-  for (int lane = 0; lane < kLanes; lane += N) {
-    tile_sweep<kForm, kUpper, N, 0, kWidth>(r, n, lane, lane == 0 ? ahead : Ahead{}, sums);
-    if constexpr (kWidth == 1) tile_sweep<kForm, kUpper, N, 1, 1>(r, n, lane, {}, sums);
-    if constexpr (kWidth <= 2) tile_sweep<kForm, kUpper, N, 2, kWidth>(r, n, lane, {}, sums);
-    if constexpr (kWidth == 1) tile_sweep<kForm, kUpper, N, 3, 1>(r, n, lane, {}, sums);
+  for (int lane = 0; lane < kLanes; lane += B / 8) {
+    tile_sweep<B, kForm, kUpper, 0, kWidth>(r, n, lane, ahead, sums);
+    if constexpr (kWidth == 1) tile_sweep<B, kForm, kUpper, 1, 1>(r, n, lane, ahead, sums);
+    if constexpr (kWidth <= 2) tile_sweep<B, kForm, kUpper, 2, kWidth>(r, n, lane, ahead, sums);
+    if constexpr (kWidth == 1) tile_sweep<B, kForm, kUpper, 3, 1>(r, n, lane, ahead, sums);
   }
 }
 
@@ -213,20 +210,24 @@ GTI_INLINE void early_tile(const T* x_rows, const T* y_rows, int64_t count, int6
                            double* squares) {
   constexpr int N = B / 8;
   using V = Vec<double, N>;
+  constexpr auto counts = [](int e) {
+    const int i = e / kTile, j = e % kTile;
+    return kTwoSums<B> ? i != j : i < j;
+  };
   for (int lane = 0; lane < kLanes; lane += N) {
     V square[kTile];
     for (int i = 0; i < kTile; ++i) square[i] = load<N>(squares + i * kLanes + lane);
     Plain::Part<N> s[kArea];
 #pragma GCC unroll 16
     for (int e = 0; e < kArea; ++e)
-      if (e / kTile != e % kTile) s[e].read(sums[e], lane);
+      if (counts(e)) s[e].read(sums[e], lane);
     for (int64_t c = lane; c < n; c += kLanes) {
       V x[kTile], y[kTile];
 #pragma GCC unroll 4
       for (int i = 0; i < kTile; ++i) {
         const T *x_at = x_rows + i * count + c, *y_at = y_rows + i * count + c;
-        x[i] = wide<N>(load<N>(x_at));
-        y[i] = wide<N>(load<N>(y_at));
+        x[i] = widen<N>(load<N>(x_at));
+        y[i] = widen<N>(load<N>(y_at));
         if (!kKeep && lane == 0) {
           fetch_ahead(x_at);
           fetch_ahead(y_at);
@@ -243,12 +244,15 @@ GTI_INLINE void early_tile(const T* x_rows, const T* y_rows, int64_t count, int6
 #pragma GCC unroll 4
         for (int i = 0; i < j; ++i) {
           s[i * kTile + j].add(x[i], y[j]);
-          s[j * kTile + i].add(y[i], x[j]);
+          if (kTwoSums<B>)
+            s[j * kTile + i].add(y[i], x[j]);
+          else
+            s[i * kTile + j].subtract(y[i], x[j]);
         }
     }
 #pragma GCC unroll 16
     for (int e = 0; e < kArea; ++e)
-      if (e / kTile != e % kTile) s[e].write(sums[e], lane);
+      if (counts(e)) s[e].write(sums[e], lane);
     for (int i = 0; i < kTile; ++i) store(squares + i * kLanes + lane, square[i]);
   }
 }
@@ -282,7 +286,7 @@ GTI_INLINE void widen_row(const T* x, int64_t n, double* to, double* squares) {
   for (int h = 0; h < P; ++h) sum[h] = load<N>(squares + h * N);
   const auto step = [&](const T* from, double* to, V(&sum)[P]) GTI_INLINE_LAMBDA {
     for (int h = 0; h < P; ++h) {
-      const V v = wide<N>(load<N>(from + h * N));
+      const V v = widen<N>(load<N>(from + h * N));
       store(to + h * N, v);
       sum[h] += v * v;
     }

@@ -20,7 +20,7 @@ struct Factors {
 // One chunk of n elements; grad, w may be nullptr where the work does not use them.
 // Returns Σ w p² · energy of the new p as it was stored.
 template <int B, Work work, class T, class C>
-GTI_INLINE double advance(T* q, T* p, const T* grad, const T* w, const Factors<C>& f, int64_t n) {
+GTI_INLINE double advance(T* q, T* p, const T* grad, const T* w, Factors<C> f, int64_t n) {
   constexpr int N = std::min<int>(kStep, B / sizeof(C));  // lanes of the compute type
   constexpr int D = B / 8, P = kStep / D;                 // of fp64
   Vec<double, D> sum[P] = {};

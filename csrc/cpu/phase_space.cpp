@@ -95,7 +95,7 @@ struct Factors {
 // and grad, of p and w. Arithmetic is in C. With neither kick nor drift: the energy of what is
 // skipped.
 template <int B, bool kicks, bool drifts, class Q, class P, class C>
-GTI_INLINE double advance(Q* q, P* p, const Q* grad, const P* w, const Factors<C>& f, int64_t place,
+GTI_INLINE double advance(Q* q, P* p, const Q* grad, const P* w, Factors<C> f, int64_t place,
                           int64_t n) {
   constexpr bool stochastic = sizeof(Q) == 2;
   constexpr int N = std::min<int>(kStep, B / sizeof(C));  // lanes of the compute type
@@ -256,7 +256,7 @@ GTI_INLINE Vec<double, N> rounded_to(double*, const Vec<double, N>& v) {
 
 template <int B, bool kicks, bool drifts, class T>
 GTI_INLINE Partial grid_advance(T* q, const T* remainder, int64_t* Q, int64_t* P, const T* grad,
-                                const double* w, const GridFactors& f, int64_t n) {
+                                const double* w, GridFactors f, int64_t n) {
   using C = compute_t<T>;
   constexpr int N = B / 8, parts = kStep / N;
   using I = Vec<int64_t, N>;

@@ -42,6 +42,12 @@
     __VA_ARGS__                                   \
   }
 #endif
+// Where registers are few GCC would load a vector again for each of its uses; this keeps it in one.
+#if defined(__x86_64__) && defined(__GNUC__)
+#define GTI_KEEP(vector) asm("" : "+x"(vector))
+#else
+#define GTI_KEEP(vector)
+#endif
 #define GTI_INLINE inline __attribute__((always_inline))
 #define GTI_INLINE_LAMBDA __attribute__((always_inline))
 
@@ -156,9 +162,13 @@ GTI_INLINE void store(f16* x, const V& v) {
   store_narrow<sizeof(V) / sizeof(float)>(x, v);
 }
 
+// N numbers in fp64. Lane by lane: GCC makes one instruction of this, and many of
+// __builtin_convertvector.
 template <int N, class V>
 GTI_INLINE Vec<double, N> widen(const V& v) {
-  return __builtin_convertvector(v, Vec<double, N>);
+  double lanes[N];
+  for (int l = 0; l < N; ++l) lanes[l] = v[l];
+  return load<N>(lanes);
 }
 
 template <int N, class V>
