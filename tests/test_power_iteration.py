@@ -115,6 +115,9 @@ def test_twenty_thousand_matrices_lie_within_their_bounds(dtype):
             x.double() for x in (r.sigma[:, 0] / size, r.residual[:, 0], r.upper / size)
         )
         assert torch.equal(r.converged, r.residual[:, 0] <= tol)
+        if true.shape[1] > 1:
+            gap = 1 - true[~r.converged, 1] / true[~r.converged, 0]
+            assert bool((gap < 1e-4).all())  # only a cluster at the top is not told apart
         slow += int((~r.converged).sum())
         assert bool((sigma <= true[:, 0] * (1 + 32 * eps)).all())
         assert bool((upper >= true[:, 0] * (1 - 2.0**-50)).all())
@@ -122,7 +125,7 @@ def test_twenty_thousand_matrices_lie_within_their_bounds(dtype):
         assert bool((nearest <= (residual + 64 * eps) * sigma.square()).all())
         # A start nearly orthogonal to v₁ may settle on a neighbour of σ₁ in a cluster.
         torch.testing.assert_close(sigma, true[:, 0], rtol=1e-2, atol=0)
-    assert slow <= 10  # of 5,000: clusters at the top, tighter than 1e-4
+    assert slow <= 20  # of 5,000, a fifth of which have clusters
 
 
 # ---- prescribed spectra --------------------------------------------------------------------------

@@ -21,7 +21,14 @@
 // the loader picks the best. In the body B is the width of a vector register in bytes: the compiler
 // keeps wider vectors in memory. It is for the hot loop of a kernel: what the body calls must be
 // GTI_INLINE, a template on B, and open no parallel region.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__gnu_linux__)
+// GTI_LEVEL is for tests: that B alone, for any processor.
+#if defined(GTI_LEVEL)
+#define GTI_LEVELS(result, name, parameters, ...) \
+  result name parameters {                        \
+    [[maybe_unused]] constexpr int B = GTI_LEVEL; \
+    __VA_ARGS__                                   \
+  }
+#elif defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__gnu_linux__)
 #define GTI_LEVELS(result, name, parameters, ...)                    \
   __attribute__((target("arch=x86-64-v4"))) result name parameters { \
     [[maybe_unused]] constexpr int B = 64;                           \
