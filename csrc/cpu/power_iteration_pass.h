@@ -55,10 +55,13 @@ bool in_pairs(int64_t n) {
 }
 inline int64_t place_in_pairs(int64_t j) { return j / 32 * 32 + j % 2 * 16 + j / 2 % 16; }
 
-// Where the vectors of length n have the q-th vector of the block of kVectors at j.
-template <class T>
+// Where the vectors of length n have the q-th vector of what a block of W at j becomes.
+template <class T, int N>
 GTI_INLINE int64_t place_of(int64_t j, int q) {
-  return kVectors<T> == 1 ? j : j / 32 * 32 + j % 32 / 2 + q * 16;
+  if constexpr (kVectors<T> == 1 || N == 16)
+    return j + q * N;
+  else  // a part of the 32
+    return (j & ~int64_t{31}) + (j & 31) / 2 + q * 16;
 }
 
 template <int N, class T, class V>
@@ -92,7 +95,7 @@ GTI_INLINE void row_group(const T* w, const T* before, Strides at, const C* x, c
     if constexpr (kDot) {
       Vec<C, N> x_v[K][Q], column[Q] = {};
       for (int k = 0; k < K; ++k)
-        for (int q = 0; q < Q; ++q) x_v[k][q] = load<N>(x + k * np + place_of<T>(j, q));
+        for (int q = 0; q < Q; ++q) x_v[k][q] = load<N>(x + k * np + place_of<T, N>(j, q));
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         // The next group, into L2: measured a twentieth faster for pairs, slower for fp32.
@@ -109,7 +112,7 @@ GTI_INLINE void row_group(const T* w, const T* before, Strides at, const C* x, c
         }
       }
       for (int q = 0; kMeasure && q < Q; ++q) {
-        C* column_at = sizes->column + place_of<T>(j, q);
+        C* column_at = sizes->column + place_of<T, N>(j, q);
         store(column_at, load<N>(column_at) + column[q]);
       }
     }
@@ -117,7 +120,7 @@ GTI_INLINE void row_group(const T* w, const T* before, Strides at, const C* x, c
       constexpr int kChains = K == 1 ? 2 : 1;
       Vec<C, N> z_v[K][Q][kChains] = {};
       for (int k = 0; k < K; ++k)
-        for (int q = 0; q < Q; ++q) z_v[k][q][0] = load<N>(z + k * np + place_of<T>(j, q));
+        for (int q = 0; q < Q; ++q) z_v[k][q][0] = load<N>(z + k * np + place_of<T, N>(j, q));
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         load_block<N>(before + r * np + j, w_v);
@@ -126,7 +129,7 @@ GTI_INLINE void row_group(const T* w, const T* before, Strides at, const C* x, c
       }
       for (int k = 0; k < K; ++k)
         for (int q = 0; q < Q; ++q)
-          store(z + k * np + place_of<T>(j, q),
+          store(z + k * np + place_of<T, N>(j, q),
                 z_v[k][q][0] + (K == 1 ? z_v[k][q][kChains - 1] : Vec<C, N>{}));
     }
   }
@@ -239,7 +242,7 @@ GTI_INLINE void pack_any(const T* w, int64_t rows, int64_t n, C scale, C* out) {
       Vec<C, N> w_v[kVectors<T>];
       for (int64_t j = 0; j < n; j += kVectors<T> * N) {
         load_block<N>(w + j, w_v);
-        for (int q = 0; q < kVectors<T>; ++q) store(out + place_of<T>(j, q), scale * w_v[q]);
+        for (int q = 0; q < kVectors<T>; ++q) store(out + place_of<T, N>(j, q), scale * w_v[q]);
       }
       continue;
     }
