@@ -195,8 +195,16 @@ def test_a_transform_inside_a_compiled_function_is_refused(transform, f):
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_a_transform_inside_a_compiled_function_is_left_to_eager_mode(transform):
+    def broken(w):
+        torch._dynamo.graph_break()
+        return w.sin().sum()
+
     torch.compiler.reset()
     transformed, w = TRANSFORMS[transform](top), numbers(4, 5)
+    try:
+        torch.compile(TRANSFORMS[transform](broken), backend="eager")(w)
+    except AssertionError:
+        pytest.skip("this torch leaves nothing inside such a transform to eager mode")
     torch.testing.assert_close(torch.compile(transformed, backend="eager")(w), transformed(w))
 
 

@@ -29,18 +29,18 @@
     __VA_ARGS__                                   \
   }
 #elif defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && defined(__gnu_linux__)
-#define GTI_LEVELS(result, name, parameters, ...)                    \
-  __attribute__((target("arch=x86-64-v4"))) result name parameters { \
-    [[maybe_unused]] constexpr int B = 64;                           \
-    __VA_ARGS__                                                      \
-  }                                                                  \
-  __attribute__((target("arch=x86-64-v3"))) result name parameters { \
-    [[maybe_unused]] constexpr int B = 32;                           \
-    __VA_ARGS__                                                      \
-  }                                                                  \
-  __attribute__((target("default"))) result name parameters {        \
-    [[maybe_unused]] constexpr int B = 16;                           \
-    __VA_ARGS__                                                      \
+#define GTI_LEVELS(result, name, parameters, ...)                                                 \
+  __attribute__((target("avx512f,avx512vl,avx512bw,avx512dq,avx2,fma"))) result name parameters { \
+    [[maybe_unused]] constexpr int B = 64;                                                        \
+    __VA_ARGS__                                                                                   \
+  }                                                                                               \
+  __attribute__((target("avx2,fma"))) result name parameters {                                    \
+    [[maybe_unused]] constexpr int B = 32;                                                        \
+    __VA_ARGS__                                                                                   \
+  }                                                                                               \
+  __attribute__((target("default"))) result name parameters {                                     \
+    [[maybe_unused]] constexpr int B = 16;                                                        \
+    __VA_ARGS__                                                                                   \
   }
 #else
 #define GTI_LEVELS(result, name, parameters, ...) \

@@ -80,6 +80,7 @@ class BAOAB(PhaseOptimizer):
         }
         super().__init__(params, defaults, momentum=momentum, exact=False, seed=seed)
 
+    @torch._disable_dynamo
     def step(self, closure: Closure | None = None, *, loss: Any = None) -> Any:  # type: ignore[override]
         """One step; returns the loss at its beginning with a closure, else None.
 

@@ -127,6 +127,7 @@ class Leapfrog(PhaseOptimizer):
         super().__init__(params, defaults, momentum=momentum, exact=exact, seed=seed)
         self._engagements = torch.zeros((), dtype=torch.int64, device=self._device)
 
+    @torch._disable_dynamo
     def step(self, closure: Closure | None = None, *, loss: Any = None) -> Any:  # type: ignore[override]
         """One step; returns the loss at its beginning with a closure, else None.
 

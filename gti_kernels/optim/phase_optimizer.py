@@ -83,10 +83,9 @@ class PhaseOptimizer(torch.optim.Optimizer):
         return None
 
     # ---- steps -----------------------------------------------------------------------------------
-    # torch.compile goes around them: there is nothing to fuse, and the way back depends on the
-    # order of what is written. A compiled model within the closure stays compiled.
+    # torch.compile goes around `step` and `reverse`: there is nothing to fuse, and the way back
+    # depends on the order of what is written. A compiled model within the closure stays compiled.
 
-    @torch._disable_dynamo
     def _staggered_step(self, loss: Any) -> None:
         """One stage on the gradients that are there; p ends half a step behind q."""
         self._check_groups()
@@ -111,7 +110,6 @@ class PhaseOptimizer(torch.optim.Optimizer):
             self._loss, self._evaluated = potential, None
             self._each(move, factor)
 
-    @torch._disable_dynamo
     def _closure_step(self, closure: Closure, fractions: Sequence[float]) -> Tensor:
         """Kick, motion and kick per fraction of a step; p and q end at the same time."""
         self._check_groups()
