@@ -39,7 +39,7 @@ constexpr int64_t kMaxBlocks = 64;
   GTI_LEVELS(void, two_vectors,                                                                \
              (const T* w, int64_t rows, Strides at, const compute_t<T>* x, compute_t<T>* y,    \
               compute_t<T>* z),                                                                \
-             all_rows<B, 2, false, T, compute_t<T>>(w, rows, at, x, y, z, nullptr);)
+             all_rows<B, 2, false, T, compute_t<T>>(w, rows, at, x, y, z, nullptr, nullptr);)
 GTI_PASSES(double)
 GTI_PASSES(float)
 GTI_PASSES(bf16)
@@ -49,7 +49,7 @@ GTI_PASSES(bf16)
 // sizes: nullptr, or where to add the sizes of the panel.
 template <class T, class C>
 void panel_pass(const T* w, int64_t rows, int k, Strides at, const C* x, C* y, C* z,
-                Sizes<C>* sizes, const C* ahead) {
+                Sizes<C>* sizes, const C* ahead = nullptr) {
   int c = 0;
   if (sizes) {
     one_vector_measured(w, rows, at, x, y, z, ahead, sizes);
@@ -243,8 +243,11 @@ void run_small(Matrix<T> matrix, const Settings& set, const void* next,
   const C* w = matrix.panel(0, m, work.packed);
   const auto pass = [&](Sizes<C>* measured) {
     std::fill(it.z(set), it.z(set) + set.k * np, C(0));
+    // A large one would push this one out of the cache.
+    const bool little = m * np * static_cast<int64_t>(sizeof(C)) <= kPanelBytes;
     const C* ahead = static_cast<const C*>(next) + it.steps % 8 * kBlock<C>;
-    panel_pass(w, m, set.k, at, it.x(set), it.y(set), it.z(set), measured, ahead);
+    panel_pass(w, m, set.k, at, it.x(set), it.y(set), it.z(set), measured,
+               little ? ahead : nullptr);
   };
   pass(&sizes);
   if (matrix.rescale(sizes)) {
@@ -369,10 +372,10 @@ void run_large(Matrix<T> matrix, Settings set, int threads) {
           const int64_t rows = std::min(most, end - r);
           if constexpr (!std::is_same_v<T, f16>)
             if (matrix.direct()) {
-              panel_pass(matrix.w() + r * n, rows, set.k, at, x, y + r, z_b, sizes_b, x);
+              panel_pass(matrix.w() + r * n, rows, set.k, at, x, y + r, z_b, sizes_b);
               continue;
             }
-          panel_pass(matrix.panel(r, r + rows, buffer), rows, set.k, at, x, y + r, z_b, sizes_b, x);
+          panel_pass(matrix.panel(r, r + rows, buffer), rows, set.k, at, x, y + r, z_b, sizes_b);
         }
       }
 #pragma omp barrier

@@ -141,14 +141,23 @@ GTI_INLINE void row_group(const T* w, const T* before, Strides at, const C* x, c
   }
 }
 
+// Asks for one line in eight of n elements from `from` on at `ahead`; nullptr: of none.
+template <class C>
+GTI_INLINE void fetch_eighth(const C* ahead, int64_t from, int64_t n) {
+  for (int64_t at = 0; ahead != nullptr && at < n; at += 8 * kBlock<C>)
+    __builtin_prefetch(ahead + from + at, 0, 2);
+}
+
 // Rows in groups of R, each group's dot products together with the last group's update of z.
 template <int B, int K, int R, bool kMeasure, class T, class C>
 GTI_INLINE void rows_pass(const T* w, int64_t groups, Strides at, const C* x, C* y, C* z,
-                          Sizes<C>* sizes) {
+                          Sizes<C>* sizes, const C* ahead = nullptr) {
   if (groups == 0) return;
   row_group<B, K, R, true, false, kMeasure, T, C>(w, w, at, x, y, y, z, sizes);
-  for (int64_t g = 1; g < groups; ++g, w += R * at.np, y += R)
+  for (int64_t g = 1; g < groups; ++g, w += R * at.np, y += R) {
+    fetch_eighth(ahead, g * R * at.np, R * at.np);
     row_group<B, K, R, true, true, kMeasure, T, C>(w + R * at.np, w, at, x, y, y + R, z, sizes);
+  }
   row_group<B, K, R, false, true, false, T, C>(w, w, at, x, y, y, z, sizes);
 }
 
@@ -158,7 +167,7 @@ template <int B, int V, bool kMeasure, class C>
 GTI_INLINE int64_t narrow_pass(const C* w, int64_t rows, const C* x, C* y, C* z, Sizes<C>* sizes,
                                const C* ahead) {
   constexpr int N = B / sizeof(C), R = kRows<B, C>;
-  constexpr int64_t kGroup = R * V * N, kLine = kBlock<C>;
+  constexpr int64_t kGroup = R * V * N;
   Vec<C, N> x_v[V], z_v[2][V] = {}, column[V] = {}, squares = {};
   for (int j = 0; j < V; ++j) {
     x_v[j] = load<N>(x + j * N);
@@ -194,8 +203,7 @@ GTI_INLINE int64_t narrow_pass(const C* w, int64_t rows, const C* x, C* y, C* z,
   };
   const int64_t groups = rows / R;
   for (int64_t g = 0; g < groups; ++g) {
-    for (int64_t at = 0; at < kGroup; at += 8 * kLine)
-      __builtin_prefetch(ahead + g * kGroup + at, 0, 2);
+    fetch_eighth(ahead, g * kGroup, kGroup);
     multiply(w + g * kGroup, y + g * R);
     if (g > 0) update(w + (g - 1) * kGroup, y + (g - 1) * R);
   }
@@ -211,10 +219,10 @@ GTI_INLINE int64_t narrow_pass(const C* w, int64_t rows, const C* x, C* y, C* z,
 
 template <int B, int K, bool kMeasure, class T, class C>
 GTI_INLINE void all_rows(const T* w, int64_t rows, Strides at, const C* x, C* y, C* z,
-                         Sizes<C>* sizes) {
+                         Sizes<C>* sizes, const C* ahead) {
   constexpr int R = std::max(1, kRows<B, C> / K);
   const int64_t grouped = rows / R * R;
-  rows_pass<B, K, R, kMeasure>(w, rows / R, at, x, y, z, sizes);
+  rows_pass<B, K, R, kMeasure>(w, rows / R, at, x, y, z, sizes, ahead);
   rows_pass<B, K, 1, kMeasure>(w + grouped * at.np, rows % R, at, x, y + grouped, z, sizes);
 }
 
@@ -229,7 +237,8 @@ GTI_INLINE void one_vector_any(const T* w, int64_t rows, Strides at, const C* x,
     if (vectors == 3) done = narrow_pass<B, 3, kMeasure>(w, rows, x, y, z, sizes, ahead);
     if (vectors == 4) done = narrow_pass<B, 4, kMeasure>(w, rows, x, y, z, sizes, ahead);
   }
-  all_rows<B, 1, kMeasure>(w + done * at.np, rows - done, at, x, y + done, z, sizes);
+  all_rows<B, 1, kMeasure>(w + done * at.np, rows - done, at, x, y + done, z, sizes,
+                           done == 0 ? ahead : nullptr);
 }
 
 // Copies rows of n elements to rows of np, scaled, the rest of each row zero.
