@@ -179,7 +179,7 @@ def normalized(w: torch.Tensor) -> torch.Tensor:
 
 NORM = gti.nn.SpectralNorm(numbers(4, 5)).eval()
 #: The refusals of ops/library.py, by name or by their words: dynamo shows either.
-REFUSED = "refuse_lost_derivatives|refuse_derivative|torch.compile cannot trace torch.func"
+REFUSED = "refuse_lost_derivatives|refuse_derivative|cannot trace torch.func|has no derivative"
 TRANSFORMS = {
     "grad": lambda f: grad(f),
     "jvp": lambda f: lambda w: jvp(f, (w,), (torch.ones_like(w),))[1],
