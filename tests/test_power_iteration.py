@@ -105,27 +105,22 @@ def test_twenty_thousand_matrices_lie_within_their_bounds(dtype):
     """5,000 of each dtype against fp64: σ ≤ σ₁ ≤ upper, and some σᵢ² within the residual of σ²."""
     generator = torch.Generator().manual_seed(1)
     eps, tol = torch.finfo(compute_dtype(dtype)).eps, 1e-5
-    slow = 0
     for _ in range(50):
         w = random_matrices(100, dtype, generator)
-        r = gti.power_iteration(w, tol=tol, max_steps=1000, backend="cpu")
+        # A gap of 1e-6 at the top takes up to 2,000 steps, by the start as much as by the gap.
+        r = gti.power_iteration(w, tol=tol, max_steps=10_000, backend="cpu")
+        assert bool(r.converged.all()) and bool((r.residual <= tol).all())
         size = w.double().abs().amax((1, 2)).clamp(min=1e-300)
         true = torch.linalg.svdvals(w.double() / size[:, None, None])
         sigma, residual, upper = (
             x.double() for x in (r.sigma[:, 0] / size, r.residual[:, 0], r.upper / size)
         )
-        assert torch.equal(r.converged, r.residual[:, 0] <= tol)
-        if true.shape[1] > 1:
-            gap = 1 - true[~r.converged, 1] / true[~r.converged, 0]
-            assert bool((gap < 1e-4).all())  # only a cluster at the top is not told apart
-        slow += int((~r.converged).sum())
         assert bool((sigma <= true[:, 0] * (1 + 32 * eps)).all())
         assert bool((upper >= true[:, 0] * (1 - 2.0**-50)).all())
         nearest = (true.square() - sigma.square()[:, None]).abs().amin(1)
         assert bool((nearest <= (residual + 64 * eps) * sigma.square()).all())
         # A start nearly orthogonal to v₁ may settle on a neighbour of σ₁ in a cluster.
         torch.testing.assert_close(sigma, true[:, 0], rtol=1e-2, atol=0)
-    assert slow <= 20  # of 5,000, a fifth of which have clusters
 
 
 # ---- prescribed spectra --------------------------------------------------------------------------
