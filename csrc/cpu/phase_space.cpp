@@ -225,6 +225,16 @@ GTI_INLINE Vec<int64_t, N> nearest(const Vec<double, N>& x) {
   return bits_as<Vec<int64_t, N>>(x + kMiddle) - bits_as<int64_t>(kMiddle);
 }
 
+// The lower half of each lane of v, below the upper half of `above`: a blend.
+template <int N>
+GTI_INLINE Vec<uint64_t, N> lower_halves(const Vec<uint64_t, N>& v, uint64_t above) {
+  using Halves = Vec<uint32_t, 2 * N>;
+  Vec<int32_t, 2 * N> from = places<int32_t, 2 * N>();
+  for (int i = 1; i < 2 * N; i += 2) from[i] += 2 * N;
+  const auto uppers = bits_as<Halves>(Vec<uint64_t, N>{} + above);
+  return bits_as<Vec<uint64_t, N>>(GTI_SHUFFLE(uint32_t, 2 * N, bits_as<Halves>(v), uppers, from));
+}
+
 // v rounded to nearest even, as a conversion would: 2^32 times its upper half, which 2^84 + 2^63
 // lifts to where 2^32 is the unit of a double, and its lower half; only the last sum rounds.
 template <int N>
@@ -232,14 +242,29 @@ GTI_INLINE Vec<double, N> real(const Vec<int64_t, N>& v) {
   constexpr double kTwo84 = 0x1p84, kTwo63 = 0x1p63;
   const auto u = bits_as<Vec<uint64_t, N>>(v);
   const auto upper = bits_as<Vec<double, N>>((u >> 32) ^ bits_as<uint64_t>(kTwo84 + kTwo63));
-  const auto lower = bits_as<Vec<double, N>>((u & 0xffffffffu) | bits_as<uint64_t>(kTwo52));
+  const auto lower = bits_as<Vec<double, N>>(lower_halves<N>(u, bits_as<uint64_t>(kTwo52)));
   return (upper - (kTwo84 + kTwo63 + kTwo52)) + lower;
 }
 
-// Not zero in the bits above `power` unless −2^power ≤ x < 2^power.
+// Adds to `bits` one above the last `power` + 1, unless −2^power ≤ x < 2^power.
 template <int power, int N>
-GTI_INLINE Vec<uint64_t, N> beyond(const Vec<int64_t, N>& x) {
-  return (bits_as<Vec<uint64_t, N>>(x) + (1ull << power)) & (~0ull << (power + 1));
+GTI_INLINE void watch(Vec<uint64_t, N>& bits, const Vec<int64_t, N>& x) {
+  bits |= bits_as<Vec<uint64_t, N>>(x) + (1ull << power);
+}
+
+// The products of the lower and the upper half of each lane: one instruction of AVX2, where GCC
+// multiplies whole lanes.
+template <int N>
+GTI_INLINE Vec<uint64_t, N> product_of_halves(const Vec<uint64_t, N>& z) {
+  const Vec<uint64_t, N> upper = z >> 32;
+#if defined(__x86_64__) && !defined(GTI_LEVEL)
+  if constexpr (N == 4) {
+    Vec<uint64_t, N> product;
+    asm("vpmuludq %2, %1, %0" : "=x"(product) : "x"(z), "x"(upper));
+    return product;
+  }
+#endif
+  return (z & 0xffffffffu) * upper;
 }
 
 // Lane by lane: GCC makes one instruction of this, and several of __builtin_convertvector.
@@ -267,7 +292,7 @@ GTI_INLINE Partial grid_advance(T* q, const T* remainder, int64_t* Q, int64_t* P
     return v;
   };
   Vec<double, N> sum[parts] = {};
-  Bits checksum = {}, outside = {};
+  Bits checksum = {}, increments = {}, coordinates = {};
   Bits keys = places<uint64_t, N>() * kChecksumKey + f.first;
   // `counted`: how many of the elements the checksum takes.
   const auto step = [&](T* q_at, const T* r_at, int64_t* Q_at, int64_t* P_at, const T* g_at,
@@ -279,12 +304,13 @@ GTI_INLINE Partial grid_advance(T* q, const T* remainder, int64_t* Q, int64_t* P
         const I by = nearest<N>(f.kick * widen<N>(load<N>(g_at + at)));
         const auto z = bits_as<Bits>(by) + keys;
         keys += N * kChecksumKey;
-        Bits terms = (z & 0xffffffffu) * (z >> 32);
+        Bits terms = product_of_halves<N>(z);
         for (int64_t l = std::max<int64_t>(counted - at, 0); l < N; ++l) terms[l] = 0;
         checksum += terms;
         P_v -= (by ^ f.sign) - f.sign;
         std::memcpy(P_at + at, &P_v, sizeof(P_v));
-        outside |= beyond<kIncrementBits, N>(by) | beyond<kCoordinateBits, N>(P_v);
+        watch<kIncrementBits, N>(increments, by);
+        watch<kCoordinateBits, N>(coordinates, P_v);
       }
       const auto p = real<N>(P_v);
       if constexpr (drifts) {
@@ -292,7 +318,8 @@ GTI_INLINE Partial grid_advance(T* q, const T* remainder, int64_t* Q, int64_t* P
         const I by = nearest<N>(b * p);
         const I Q_v = as_integers(Q_at + at) + ((by ^ f.sign) - f.sign);
         std::memcpy(Q_at + at, &Q_v, sizeof(Q_v));
-        outside |= beyond<kIncrementBits, N>(by) | beyond<kCoordinateBits, N>(Q_v);
+        watch<kIncrementBits, N>(increments, by);
+        watch<kCoordinateBits, N>(coordinates, Q_v);
         auto q_v = f.unit_q * real<N>(Q_v);  // the unit is a power of two: exact
         if (r_at) q_v += widen<N>(load<N>(r_at + at));
         store(q_at + at, rounded_to<N>(static_cast<C*>(nullptr), q_v));
@@ -324,9 +351,10 @@ GTI_INLINE Partial grid_advance(T* q, const T* remainder, int64_t* Q, int64_t* P
     if (drifts) copy_tail(Q + i, Q_t, rest);
     if (kicks) copy_tail(P + i, P_t, rest);
   }
-  uint64_t bits = 0;
-  for (int l = 0; l < N; ++l) bits |= outside[l];
-  return {lane_sum<double, N, parts>(sum), lane_sum<uint64_t, N>(checksum), bits == 0};
+  const Bits outside = increments >> (kIncrementBits + 1) | coordinates >> (kCoordinateBits + 1);
+  bool inside = true;
+  for (int l = 0; l < N; ++l) inside &= outside[l] == 0;
+  return {lane_sum<double, N, parts>(sum), lane_sum<uint64_t, N>(checksum), inside};
 }
 
 #define GTI_GRID_CHUNK(T)                                                                  \
