@@ -163,6 +163,36 @@ def test_energies_between_the_steps_change_nothing(monkeypatch):
     assert got.drift == gti.energy_drift(system("dropout", 1), (0.1, 0.2), 5).drift
 
 
+def test_the_same_tuple_again_is_the_same_batch(monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    batch, other = ((torch.randn(9, 3), torch.randn(9, 2)) for _ in range(2))
+    count = counted(monkeypatch, HamiltonianSystem, "gradient")
+
+    def steps(batches) -> list[Tensor]:
+        it = HamiltonianSystem(model, F.mse_loss, batches, temperature=0.1)
+        with it.session():
+            z = it.start()
+            for t in range(4):
+                it.step(z, t, 0.2)
+        return [*z.q, *z.p]
+
+    one = steps([batch])
+    assert count == [5]
+    assert_same_bits(steps(batch for _ in range(3)), one)
+    assert count == [10]
+    steps([batch, batch, other])  # two gradients where the batch is new
+    assert count == [10 + 2 + 1 + 2 + 2]
+    reused = [torch.zeros(9, 3), torch.zeros(9, 2)]  # a list whose tensors are replaced
+
+    def loader():
+        for x, y in (batch, other):
+            reused[:] = x, y
+            yield reused
+
+    assert_same_bits(steps(loader()), steps([batch, other]))
+
+
 def test_central_differences_share_too(monkeypatch):
     def differences() -> list[Tensor]:
         it = system("pure", 1)

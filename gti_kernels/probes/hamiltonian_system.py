@@ -61,8 +61,8 @@ class HamiltonianSystem:
     Both half kicks of step t use batch t, so each step is palindromic: with γ = 0 it is symplectic,
     with γ > 0 conformally symplectic (Ω → e^{−γ dt} Ω), and step t with −dt undoes step t with +dt.
     The price is two gradients per step, since the next step's first half kick has another batch;
-    with one batch it asks for the same gradient, which is evaluated once: T + 1 in T steps, as long
-    as evaluating it writes no buffer and draws no random number.
+    with one batch (also [batch] * 10) it asks for the same gradient, which is evaluated once: T + 1
+    in T steps, as long as evaluating it writes no buffer and draws no random number.
 
     The system never writes to the model: it steps copies of parameters and buffers, and calls the
     model on them. What it borrows (training flags, random state) is returned after every probe,
@@ -147,7 +147,7 @@ class HamiltonianSystem:
         self.q = list(named.values())
         self.device = self.q[0].device
         with preserved_random_state(self.device):
-            self.batches = [_as_batch(item, self.device) for item in batches]
+            self.batches, self._numbers = _as_batches(batches, self.device)
         if not self.batches:
             raise ValueError("batches: expected at least one pair (x, y), got none")
         self.inv_mass = _inverse_mass(inv_mass, self.q)
@@ -325,8 +325,8 @@ class HamiltonianSystem:
         return self._fitted(self.batches[self.batch_number(t)][1], dtype)
 
     def batch_number(self, t: int) -> int:
-        """Which batch step t uses."""
-        return t % len(self.batches)
+        """Which batch step t uses; the first of those that are one and the same tuple."""
+        return self._numbers[t % len(self.batches)]
 
     def random_seed(self, t: int) -> int:
         """What the generators are seeded with before each forward pass of step t."""
@@ -373,6 +373,23 @@ def laid_out_like(z: Tensor, x: Tensor) -> Tensor:
 def _own(x: Tensor, dtype: torch.dtype | None) -> Tensor:
     x = x.detach()
     return x.clone() if dtype is None or not x.is_floating_point() else x.to(dtype, copy=True)
+
+
+def _as_batches(
+    items: Iterable[Any], device: torch.device
+) -> tuple[list[tuple[Any, Any]], list[int]]:
+    """The batches on the device, and of each the first number of its tuple in `items`."""
+    batches: list[tuple[Any, Any]] = []
+    numbers: list[int] = []
+    alive: list[Any] = []  # no two of them share an id
+    first: dict[int, int] = {}
+    for number, item in enumerate(items):
+        alive.append(item)
+        # A list may have changed since.
+        same = first.setdefault(id(item), number) if isinstance(item, tuple) else number
+        batches.append(batches[same] if same < number else _as_batch(item, device))
+        numbers.append(same)
+    return batches, numbers
 
 
 def _as_batch(item: Any, device: torch.device) -> tuple[Any, Any]:
