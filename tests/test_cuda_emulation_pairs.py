@@ -72,6 +72,16 @@ def test_the_bound_of_two_form_and_its_metric():
             assert torch.equal(got.metric, got.metric.mT)
 
 
+def test_an_isotropic_subspace():
+    """dp = S dq, S diagonal, rounded to fp32: far closer than the bound, which takes the worst."""
+    generator = torch.Generator().manual_seed(0)
+    dq, s = (torch.randn(*shape, generator=generator) for shape in ((4, 40_000), (40_000,)))
+    dp = dq * s
+    omega = gti.two_form(dq, dp, backend="cuda").omega
+    truth = gti.two_form(dq.double(), dp.double(), backend="reference").omega
+    assert ((omega - truth).abs() <= 1e-15 * (dq.abs().double() @ dp.abs().double().T)).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_integers_bit_for_bit(dtype):
     """More than a pair takes in, tails, several tiles."""
