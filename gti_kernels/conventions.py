@@ -24,10 +24,12 @@ import torch
 from torch import Tensor
 
 
-def symplectic_matrix(n: int, *, dtype: torch.dtype = torch.float64) -> Tensor:
+def symplectic_matrix(
+    n: int, *, dtype: torch.dtype = torch.float64, device: torch.device | str | None = None
+) -> Tensor:
     """J = [[0, I], [−I, 0]], shape [2n, 2n], so that ω(z₁, z₂) = z₁ᵀ J z₂ = q₁·p₂ − p₁·q₂."""
-    eye = torch.eye(n, dtype=dtype)
-    zero = torch.zeros(n, n, dtype=dtype)
+    eye = torch.eye(n, dtype=dtype, device=device)
+    zero = torch.zeros_like(eye)
     return torch.cat([torch.cat([zero, eye], 1), torch.cat([-eye, zero], 1)], 0)
 
 

@@ -291,7 +291,7 @@ class Addresses:
         return True
 
     def rows(self) -> Tensor:
-        return torch.tensor(self._rows, dtype=torch.int64)
+        return torch.tensor(self._rows, dtype=torch.int64, device="cpu")
 
     def version(self) -> int:
         return self._version

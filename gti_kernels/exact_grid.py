@@ -77,8 +77,7 @@ class Grid:
         out = []
         scales = self._scales()
         for P, r, v, s, dtype in zip(self.P, self.rest_p, self.unit_p, scales, self.dtypes):
-            wide = v * P.double()
-            out.append((s * (wide if r is None else wide + r.double())).to(dtype))
+            out.append((s * reference.off_grid(P, v, r)).to(dtype))
         return out
 
     def _scales(self) -> list[float]:
@@ -141,7 +140,8 @@ class Grid:
                     self._pass(op, False, True, True, *numbers, None, skipped)
                 if kicks:
                     self._pass(op, True, False, True, *numbers, grads, skipped)
-                raise OverflowError(_overflow(op, "a coordinate or an increment", "too large"))
+                what = "a coordinate or an increment"
+                raise OverflowError(_overflow(op, what, "too large, or no number"))
         except BaseException:
             self._scale(op, -log, skipped)
             raise
@@ -153,12 +153,16 @@ class Grid:
         self.space.step_count += drifts
         return energy
 
-    def take_back_kick(self, op: str, grads: Sequence[Tensor | None]) -> tuple[Move, Tensor]:
+    def take_back_kick(
+        self, op: str, grads: Sequence[Tensor | None], step: int | None = None
+    ) -> tuple[Move, Tensor]:
         """Undoes the last move, a kick, which had these gradients; returns it."""
         self._check_versions(op)
         last, skipped = self._last(op, KICK, "a kick"), missing(grads)
         numbers = (last.step, 0.0, grads, last.skipped)
-        where = f"{op}: the way back leaves the way out at step {self.space.step_count}: "
+        if step is None:
+            step = math.ceil(self.space.step_count / self.space.stages)
+        where = f"{op}: the way back leaves the way out at step {step}: "
         if skipped != last.skipped:
             i = min(set(skipped) ^ set(last.skipped))
             raise RuntimeError(
@@ -271,10 +275,7 @@ class Grid:
     # ---- what others wrote -----------------------------------------------------------------------
 
     def _versions(self) -> list[int]:
-        try:
-            return [q._version for q in self.space.params]
-        except RuntimeError:  # an inference tensor has none
-            return [0 if q.is_inference() else q._version for q in self.space.params]
+        return versions(self.space.params)
 
     def _check_versions(self, op: str) -> None:
         versions = self._versions()
@@ -297,9 +298,8 @@ class Grid:
 
     def _position(self, i: int) -> Tensor:
         """q of the i-th tensor, from the grid."""
-        wide, r = self.unit_q[i] * self.Q[i].double(), self.rest_q[i]
-        dtype = self.space.params[i].dtype
-        return reference.by_way_of_fp32(wide if r is None else wide + r.double(), dtype)
+        wide = reference.off_grid(self.Q[i], self.unit_q[i], self.rest_q[i])
+        return reference.by_way_of_fp32(wide, self.space.params[i].dtype)
 
     # ---- saving ----------------------------------------------------------------------------------
 
@@ -342,6 +342,14 @@ class Grid:
         self._make_plan()
 
 
+def versions(xs: Sequence[Tensor]) -> list[int]:
+    """The version counters."""
+    try:
+        return [x._version for x in xs]
+    except RuntimeError:  # an inference tensor has none
+        return [0 if x.is_inference() else x._version for x in xs]
+
+
 def missing(grads: Sequence[Tensor | None]) -> tuple[int, ...]:
     """Places of the gradients that are None."""
     return tuple([i for i, g in enumerate(grads) if g is None])
@@ -381,13 +389,14 @@ def _unit(x: Tensor, relative: float) -> float:
 def _remainders(
     xs: Sequence[Tensor], grids: Sequence[Tensor], units: Sequence[float]
 ) -> list[Tensor | None]:
-    """x − unit·grid, which is exact, or None where it is zero everywhere."""
+    """x − unit·grid, which is exact, or None where it is +0 everywhere."""
     rest = [(x.double() - u * g.double()) for x, g, u in zip(xs, grids, units)]
-    return [torch.empty_like(x).copy_(r) if bool(r.any()) else None for x, r in zip(xs, rest)]
+    zero = [not bool(r.view(torch.int64).any()) for r in rest]
+    return [None if z else torch.empty_like(x).copy_(r) for x, r, z in zip(xs, rest, zero)]
 
 
 def _overflow(op: str, what: str, value: str) -> str:
     return (
         f"{op}: {what} would leave the grid of exact=True ({value}); the state is as before. Take "
-        f"a smaller dt or less damping, or start a new PhaseSpace from here"
+        f"a smaller dt or less damping, or a higher energy cap, or start a new PhaseSpace from here"
     )

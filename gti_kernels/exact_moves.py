@@ -100,7 +100,7 @@ class Moves:
 def tensor_of(numbers: bytearray | array[Any], dtype: torch.dtype) -> Tensor:
     """The same bytes as a tensor, for state_dict."""
     if not numbers:
-        return torch.empty(0, dtype=dtype)
+        return torch.empty(0, dtype=dtype, device="cpu")
     return torch.frombuffer(bytearray(numbers), dtype=dtype)
 
 

@@ -14,7 +14,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from . import backends, device_plans
 from .conventions import fan_in_inverse_mass
-from .exact_grid import Grid, missing
+from .exact_grid import Grid, missing, versions
 from .exact_moves import Move
 from .interrupts import Uninterrupted
 from .layouts import allocate, is_dense, laid_out_like, layout, words
@@ -128,6 +128,7 @@ class PhaseSpace:
         self.seed, self.backend, self.exact = int(seed), backend, bool(exact)
         self.inv_mass = self._masses(inv_mass)
         self.step_count = 0
+        self.stages = 1  # drifts of a step, as errors count steps
         self.takes_back = True  # with exact: whether a call that undoes the last move takes it back
         self._layouts = [layout(q) for q in self.params]
         dtypes = [
@@ -164,7 +165,7 @@ class PhaseSpace:
                         f"PhaseSpace: inv_mass[{i}] must be finite and not negative everywhere, "
                         f"but is not"
                     )
-            return mass
+            return [w.detach().clone() if isinstance(w, Tensor) else w for w in mass]
         if inv_mass != "fan_in":
             raise ValueError(
                 f"PhaseSpace: inv_mass must be 'fan_in', numbers or tensors, got {inv_mass!r}"
@@ -174,7 +175,7 @@ class PhaseSpace:
     def _given_momenta(self, momentum: Any) -> list[Any]:
         if isinstance(momentum, str):
             if momentum == "zeros":
-                return [torch.zeros(())] * len(self.params)
+                return [torch.zeros((), device="cpu")] * len(self.params)
             if momentum == "gaussian":
                 return self._drawn_momenta()
             raise ValueError(
@@ -196,16 +197,16 @@ class PhaseSpace:
         return [p.detach() for p in given]
 
     def _drawn_momenta(self) -> list[Tensor]:
-        generator = torch.Generator().manual_seed(self.seed % 2**63)
+        generator = torch.Generator("cpu").manual_seed(self.seed % 2**63)
         drawn = []
         for i, (q, w) in enumerate(zip(self.params, self.inv_mass)):
-            wide = w.detach().double().cpu() if isinstance(w, Tensor) else torch.tensor(w).double()
+            wide = torch.as_tensor(w, dtype=torch.float64, device="cpu")
             if not bool((wide > 0).all()):
                 raise ValueError(
                     f"PhaseSpace: momentum='gaussian' needs inv_mass > 0 everywhere, inv_mass[{i}] "
                     f"is not"
                 )
-            noise = torch.randn(q.shape, generator=generator, dtype=torch.float64)
+            noise = torch.randn(q.shape, generator=generator, dtype=torch.float64, device="cpu")
             drawn.append(noise / wide.sqrt())
         return drawn
 
@@ -239,13 +240,13 @@ class PhaseSpace:
         """
         return self._step("kick_drift_", kick, damp, drift, grads)
 
-    def undo_kick_(self, grads: Grads | None = None) -> Move:
+    def undo_kick_(self, grads: Grads | None = None, *, step: int | None = None) -> Move:
         """With exact=True: takes the last move back, which was a kick with these gradients; returns
-        it, for `redo_kick_`."""
+        it, for `redo_kick_`. An error names `step`, by default the number of drifts so far."""
         grid = self._grid("undo_kick_")
         every = [q.grad for q in self.params] if grads is None else list(grads)
         with self._whole():
-            return grid.take_back_kick("undo_kick_", every)[0]
+            return grid.take_back_kick("undo_kick_", every, step)[0]
 
     def redo_kick_(self, move: Move, grads: Grads | None = None) -> None:
         """With exact=True: makes again what `undo_kick_` with these gradients has taken back."""
@@ -282,7 +283,7 @@ class PhaseSpace:
     def leapfrog_(
         self,
         grad_fn: Callable[[Any], Any],
-        dt: float,
+        dt: Scalar,
         *,
         steps: int = 1,
         damping: float = 0.0,
@@ -295,7 +296,9 @@ class PhaseSpace:
         the two half kicks that meet between steps stay two moves, so that T steps in one call and
         T calls of one step can undo each other; they still share their gradient.
         """
+        dt = self._scalar("leapfrog_", "dt", dt)
         sizes = stage_sizes("leapfrog_", dt, steps, order, composition)
+        self.stages = max(1, len(sizes) // max(steps, 1))
         q = self.params[0] if self._single else self.params
 
         def gradient() -> list[Tensor]:
@@ -426,7 +429,7 @@ class PhaseSpace:
         return {**counters, **self._engine.state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores what `state_dict` returned, to the bit."""
+        """Restores what `state_dict` returned, to the bit as far as momenta have the same dtype."""
         self.check_state_dict(state)
         with torch.no_grad(), self._whole():
             self._engine.load(state)
@@ -446,6 +449,11 @@ class PhaseSpace:
                 f"load_state_dict: expected momenta of shapes "
                 f"{[tuple(q.shape) for q in self.params]}, got {shapes}"
             )
+        if self.exact and list(map(_order, state["Q"])) != list(map(_order, self.params)):
+            raise ValueError(
+                "load_state_dict: with exact=True the parameters must have the memory layout they "
+                "were saved with, as checksums go by it. Convert the model before the plan is made"
+            )
         dtypes = [q.dtype for q in self.params]
         if self.exact and list(state["dtypes"]) != dtypes:
             raise ValueError(
@@ -453,6 +461,11 @@ class PhaseSpace:
                 f"saved with, {list(state['dtypes'])}, got {dtypes}. Convert the model before the "
                 f"plan is made"
             )
+
+
+def _order(x: Tensor) -> list[int]:
+    """Tells in which order the elements of a tensor lie in memory."""
+    return [stride for size, stride in zip(x.shape, x.stride()) if size > 1]
 
 
 # The plans behind leapfrog_(exact=True) by the first tensor of p, as long as that lives, each with
@@ -477,9 +490,9 @@ def exact_leapfrog_(
         return
 
     def signature() -> Any:
-        tensors = [(id(x), x._version) for x in (*qs, *ps)]
-        masses = [(id(w), w._version) if isinstance(w, Tensor) else w for w in mass]
-        return tensors, masses, backend, isinstance(q, Tensor)
+        tensors = [*qs, *ps, *(w for w in mass if isinstance(w, Tensor))]
+        numbers = [None if isinstance(w, Tensor) else w for w in mass]
+        return [*map(id, tensors)], versions(tensors), numbers, backend, isinstance(q, Tensor)
 
     space, known, _ = _walks.get(ps[0], (None, None, None))
     if space is None or known != signature():

@@ -82,7 +82,7 @@ class Upload:
     def __init__(self, rows: Sequence[Sequence[int]] | Tensor, device: torch.device) -> None:
         self.device = device
         if not isinstance(rows, Tensor):
-            rows = torch.tensor([x for row in rows for x in row], dtype=torch.int64)
+            rows = torch.tensor([x for row in rows for x in row], dtype=torch.int64, device="cpu")
         self._numbers = rows.reshape(-1)
         self._kept = False
         if device.type != "cuda":

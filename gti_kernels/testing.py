@@ -56,7 +56,9 @@ class Comparison:
 def numbers(*shape: int, dtype: torch.dtype, device: str, seed: int, scale: float = 1.0) -> Tensor:
     """Normal numbers, drawn in float64 and rounded once, to dtype."""
     generator = torch.Generator().manual_seed(seed)
-    return (scale * torch.randn(shape, generator=generator, dtype=torch.float64)).to(device, dtype)
+    return (scale * torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")).to(
+        device, dtype
+    )
 
 
 def with_spectrum(
@@ -65,8 +67,12 @@ def with_spectrum(
     """A random [m, n] matrix U diag(s) Vᵀ with the singular values s, at most min(m, n) of them."""
     generator = torch.Generator().manual_seed(seed)
     k = s.numel()
-    u = torch.linalg.qr(torch.randn(m, k, generator=generator, dtype=torch.float64))[0]
-    v = torch.linalg.qr(torch.randn(n, k, generator=generator, dtype=torch.float64))[0]
+    u = torch.linalg.qr(torch.randn(m, k, generator=generator, dtype=torch.float64, device="cpu"))[
+        0
+    ]
+    v = torch.linalg.qr(torch.randn(n, k, generator=generator, dtype=torch.float64, device="cpu"))[
+        0
+    ]
     return ((u * s.double()) @ v.T).to(dtype)
 
 
@@ -164,7 +170,7 @@ def _power_iteration_samples() -> list[Sample]:
             weights = []
             for i, (m, *rest) in enumerate(shapes):
                 n = torch.Size(rest).numel()
-                s = 0.7 ** torch.arange(min(m, n), dtype=torch.float64)
+                s = 0.7 ** torch.arange(min(m, n), dtype=torch.float64, device="cpu")
                 w = with_spectrum(s, m, n, dtype=dtype, seed=i)
                 weights.append(w.reshape(m, *rest).to(device))
             return [weights], {"method": method, "max_steps": 30, "tol": 0.0}

@@ -28,11 +28,34 @@ def copies(xs):
 
 
 def same_bits(xs, ys):
-    return all(x.dtype == y.dtype and torch.equal(x, y) for x, y in zip(xs, ys, strict=True))
+    """Signs of zeros included."""
+    return all(
+        x.dtype == y.dtype and torch.equal(x, y) and torch.equal(x.signbit(), y.signbit())
+        for x, y in zip(xs, ys, strict=True)
+    )
 
 
 def sines(q):
     return [torch.sin(x) for x in q]
+
+
+@every_backend
+@every_dtype
+def test_a_negative_zero_returns_with_its_sign(dtype, backend):
+    zeros = torch.tensor([-0.0, 0.0, 1.0, -0.0] * 5, dtype=dtype)
+    start = zeros.clone(), zeros.flip(0).to(torch.float64)
+    for q in (zeros.clone(), zeros.clone()[:, None].expand(20, 2).clone().T):
+        p = start[1].expand_as(q)
+        space = gti.PhaseSpace(
+            q, inv_mass=1.0, momentum=p, momentum_dtype=p.dtype, exact=True, backend=backend
+        )
+        assert same_bits(space.momenta, [p])
+        for dt in (0.1, -0.1):
+            space.leapfrog_(torch.cos, dt, steps=3)
+            assert same_bits([q], [start[0].expand_as(q)]) == (dt < 0)
+        assert same_bits(space.momenta, [p])
+        space.load_state_dict(space.state_dict())
+        assert same_bits([q], [start[0].expand_as(q)])
 
 
 # ---- the kernels ---------------------------------------------------------------------------------
@@ -437,3 +460,41 @@ def test_damping_and_scaling_that_cannot_be_undone_are_refused():
         space.scale_momenta_(0.0)
     with pytest.raises(ValueError, match="damp must be positive"):
         space.kick_(0.1, damp=0.0, grads=[torch.ones(3)])
+
+
+@every_backend
+def test_an_error_on_the_way_back_names_the_step_of_order_four_too(backend):
+    q, p = numbers(9), numbers(9, seed=1)
+    for dt, steps in ((0.1, 5), (-0.1, 2)):
+        gti.leapfrog_(q, p, torch.sin, dt, steps=steps, order=4, exact=True, backend=backend)
+    with pytest.raises(RuntimeError, match="leaves the way out at step 3: "):
+        gti.leapfrog_(q, p, lambda q: 1.01 * q.sin(), -0.1, order=4, exact=True, backend=backend)
+
+
+def test_a_walk_in_inference_mode_returns():
+    with torch.inference_mode():
+        q, p = numbers(9), numbers(9, seed=1)
+        start = copies([q, p])
+        for dt in (0.1, -0.1):
+            gti.leapfrog_(q, p, torch.sin, dt, steps=4, damping=0.2, exact=True)
+        assert same_bits([q, p], start)
+
+
+def test_a_state_of_another_memory_layout_is_refused():
+    def space(layout):
+        q = numbers(2, 3, 4, 5).contiguous(memory_format=layout)
+        return gti.PhaseSpace(q, inv_mass=1.0, exact=True)
+
+    there, here = space(torch.channels_last), space(torch.contiguous_format)
+    with pytest.raises(ValueError, match="memory layout"):
+        there.load_state_dict(here.state_dict())
+    there.load_state_dict(space(torch.channels_last).state_dict())
+
+
+def test_a_gradient_that_is_no_number_leaves_all_as_it_was():
+    q = numbers(9)
+    space = gti.PhaseSpace(q, inv_mass=1.0, exact=True)
+    before = copies([q, *space.momenta])
+    with pytest.raises(OverflowError, match=r"no number.*energy cap"):
+        space.kick_drift_(0.1, 0.1, grads=[torch.full_like(q, math.nan)])
+    assert same_bits([q, *space.momenta], before)

@@ -10,6 +10,7 @@ import torch
 import gti_kernels as gti
 from gti_kernels import testing
 from gti_kernels.conventions import symplectic_matrix
+from gti_kernels.ops.leapfrog import compose, stage_sizes
 
 BACKENDS = ("cpu", "reference")
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -228,6 +229,38 @@ def test_a_step_is_conformally_symplectic(gamma, order, backend):
     m, j = torch.stack(columns, 1), symplectic_matrix(n)
     defect = m.T @ j @ m - math.exp(-gamma * h * steps) * j
     assert defect.abs().max() <= 1e-12 * m.abs().max() ** 2
+
+
+@pytest.mark.parametrize("order", [2, 4])
+def test_dt_may_be_a_tensor(order):
+    def walk(dt):
+        q, p = torch.tensor([0.3], dtype=torch.float64), torch.tensor([1.0], dtype=torch.float64)
+        space = gti.PhaseSpace(q.clone(), inv_mass=1.0, momentum=p)
+        for step in (lambda *a, **b: gti.leapfrog_(q, p, *a, **b), space.leapfrog_):
+            step(torch.sin, dt, steps=3, damping=0.2, order=order)
+        return q, p, space.params[0], space.momenta[0]
+
+    dt = torch.tensor(0.1)
+    for got, expected in zip(walk(dt), walk(dt.item()), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_a_tensor_dt_is_not_read_on_the_way(monkeypatch):
+    """As on a GPU, where reading it would wait: the factors of all kicks stay 0-d tensors."""
+
+    def factors(dt):
+        found = []
+        sizes = stage_sizes("leapfrog_", dt, 2, 4, "yoshida")
+        compose(sizes, 0.2, list, *[lambda grads, *numbers: found.extend(numbers)] * 2)
+        return found
+
+    dt = torch.tensor(0.1)
+    expected = factors(dt.item())
+    with monkeypatch.context() as patch:
+        for name in ("item", "__float__", "__bool__", "tolist"):
+            patch.setattr(torch.Tensor, name, None, raising=False)
+        got = factors(dt)
+    assert [x.item() for x in got] == pytest.approx(expected, rel=1e-15)
 
 
 def test_gradients_are_shared_between_steps():

@@ -224,6 +224,26 @@ def test_energy_of_the_staggered_form_is_that_of_the_same_time():
     assert math.log2(worst[0] / worst[2]) / 2 == pytest.approx(2, abs=0.1)
 
 
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("maximize", [False, True])
+def test_energy_on_the_way_back_is_that_of_the_way_out(maximize, exact):
+    q = parameter(1.0, -0.3)
+    options = {"maximize": maximize, "exact": exact, "damping": 0.1, "momentum": "gaussian"}
+    optimizer = gti.optim.Leapfrog([q], 0.05, inv_mass=1.0, **options)
+    potential = lambda: (-1.0 if maximize else 1.0) * (1 - q.cos()).sum()  # noqa: E731
+    closure, energies = closure_of(optimizer, potential), []
+    for form in "sccss":
+        if form == "c":
+            optimizer.step(closure)
+        else:
+            optimizer.step(loss=closure())
+        energies.append(optimizer.energy().item())
+    # Without exact only a step after one of its own form can be taken back.
+    for _ in range(2 if exact else 1):
+        optimizer.reverse(closure)
+        assert optimizer.energy().item() == pytest.approx(energies.pop(), rel=1e-9)
+
+
 def test_a_loss_that_is_overwritten_does_not_change_the_energy():
     q = parameter(2.0)
     optimizer = gti.optim.Leapfrog([q], 0.1)
@@ -282,6 +302,10 @@ def change_gradients(optimizer, q):
     q.grad.mul_(0.5)
 
 
+def replace_data(optimizer, q):
+    nn.utils.vector_to_parameters(torch.full((2,), 10.0, dtype=F64), [q])
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -290,6 +314,7 @@ def change_gradients(optimizer, q):
         clear_gradients_behind_its_back,
         change_parameters,
         change_gradients,
+        replace_data,
     ],
 )
 def test_whatever_changes_in_between_calls_the_closure_again(change):
@@ -303,6 +328,50 @@ def test_whatever_changes_in_between_calls_the_closure_again(change):
         before = 0
     optimizer.step(closure)
     assert closure.calls == before + 2
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_parameter_that_is_unfrozen_moves_at_once(exact):
+    a, b = parameter(1.0), parameter(1.0)
+    b.requires_grad_(False)
+    optimizer = gti.optim.Leapfrog([a, b], 0.1, inv_mass=1.0, exact=exact)
+    closure = closure_of(optimizer, lambda: a.sin().sum() + b.sin().sum())
+    optimizer.step(closure)
+    b.requires_grad_(True)
+    optimizer.step(closure)
+    assert b.item() == pytest.approx(1.0 - 0.005 * math.cos(1.0), rel=1e-9)
+    if exact:
+        optimizer.reverse(closure)
+        b.requires_grad_(False)
+        optimizer.reverse(closure)
+        assert a.item() == b.item() == 1.0
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_masses_are_read_when_the_group_is_added(exact):
+    q, w = parameter(1.0, 1.0), torch.ones(2, dtype=F64)
+    optimizer = gti.optim.Leapfrog([q], 0.1, inv_mass=[w], momentum=[w], exact=exact)
+    closure = closure_of(optimizer, lambda: 0.0 * q.sum())
+    for _ in range(2):
+        optimizer.step(closure)
+        w.mul_(100.0)
+    assert q.tolist() == pytest.approx([1.2, 1.2])
+    for _ in range(2):
+        optimizer.reverse(closure)
+    assert q.tolist() == pytest.approx([1.0, 1.0], abs=0.0 if exact else 1e-12)
+
+
+def test_what_is_returned_is_the_callers():
+    q = parameter(3.0)
+    optimizer = gti.optim.Leapfrog([q], 0.1, inv_mass=1.0, energy_cap=0.9)
+    closure = closure_of(optimizer, lambda: q.square().sum())
+    before = optimizer.cap_engagements
+    optimizer.step(closure)
+    assert optimizer.cap_engagements == before + 1
+    loss = optimizer.reverse(closure)
+    energy = optimizer.energy()
+    loss.zero_()
+    assert torch.equal(optimizer.energy(), energy)
 
 
 def test_a_bound_method_is_another_object_each_time_and_batches_are_not_kept_alive():
@@ -625,6 +694,22 @@ def test_exact_walk_back_with_another_gradient_is_refused():
         optimizer.step(closure)
     with pytest.raises(RuntimeError, match="at step 4"):
         optimizer.reverse(closure_of(optimizer, lambda: 1.000001 * potential()))
+
+
+def test_the_step_is_named_for_order_four_and_a_group_added_later():
+    q, later = parameter(0.3, 1.0), parameter(0.5)
+    optimizer = gti.optim.Leapfrog([q], 0.1, order=4, exact=True)
+    closure = closure_of(optimizer, lambda: closure.size * (q.sin().sum() + later.sin().sum()))
+    closure.size = 1.0
+    for t in range(5):
+        if t == 2:
+            optimizer.add_param_group({"params": [later]})
+        optimizer.step(closure)
+    optimizer.reverse(closure)
+    closure.size = 1.01
+    optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match="at step 4: "):
+        optimizer.reverse(closure)
 
 
 def test_exact_walk_back_goes_on_after_an_exception():

@@ -809,3 +809,73 @@ def test_a_checkpoint_gives_the_same_gradient():
     w = numbers(5, 4).requires_grad_()
     (got,) = torch.autograd.grad(checkpoint(top, w, use_reentrant=False), w)
     torch.testing.assert_close(got, grad(top)(w.detach()))
+
+
+# ---- a default device that is not that of the tensors --------------------------------------------
+
+
+@every_backend
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_default_device_does_not_matter_to_plans(exact, backend):
+    def momenta():
+        q = numbers(5, 4)
+        space = gti.PhaseSpace(q, momentum="gaussian", exact=exact, backend=backend)
+        space.kick_drift_(0.1, 0.1, grads=[q.sin()])
+        space.load_state_dict(space.state_dict())
+        return space.momenta[0]
+
+    with torch.device("meta"):
+        got = momenta()
+    assert torch.equal(got, momenta())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda q: gti.optim.Leapfrog([q], 0.1, momentum="gaussian", energy_cap=2.0, exact=True),
+        lambda q: gti.optim.BAOAB([q], 0.1),
+    ],
+    ids=["Leapfrog", "BAOAB"],
+)
+def test_the_default_device_does_not_matter_to_optimizers(make):
+    def positions():
+        q = nn.Parameter(numbers(5, 4))
+        optimizer = make(q)
+
+        def closure():
+            optimizer.zero_grad()
+            loss = q.square().sum()
+            loss.backward()
+            return loss
+
+        for _ in range(2):
+            optimizer.step(closure)
+            optimizer.load_state_dict(optimizer.state_dict())
+        return q.detach()
+
+    with torch.device("meta"):
+        got = positions()
+    assert torch.equal(got, positions())
+
+
+def test_the_default_device_does_not_matter_to_ops_and_probes():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1)).double()
+    batches = [(numbers(8, 3, seed=i), numbers(8, 1, seed=9 + i)) for i in range(3)]
+    w = numbers(5, 4)
+
+    def results():
+        for regime in ("batch", "running", "frozen"):
+            system = gti.HamiltonianSystem(model, nn.functional.mse_loss, batches, regime=regime)
+            yield gti.round_trip(system, 0.01, 2).state
+            yield gti.energy_drift(system, (0.01, 0.02), 6).drift
+            yield gti.omega_invariance(system, 0.01, 2).epsilon
+            yield gti.omega_invariance(system, 0.01, 2, tangents="fd").epsilon
+        for backend in BACKENDS:
+            yield gti.power_iteration([w, w.T], k=2, backend=backend).sigma.tolist()
+            yield gti.two_form(w, w.flip(0), metric=True, backend=backend).omega.tolist()
+            yield gti.gram(w, backend=backend).matrix.tolist()
+        yield gti.SpectralPenalty(model)().item()
+
+    with torch.device("meta"):
+        got = list(results())
+    assert got == list(results())

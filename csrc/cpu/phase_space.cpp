@@ -321,7 +321,10 @@ GTI_INLINE Partial grid_advance(T* q, const T* remainder, int64_t* Q, int64_t* P
         watch<kIncrementBits, N>(increments, by);
         watch<kCoordinateBits, N>(coordinates, Q_v);
         auto q_v = f.unit_q * real<N>(Q_v);  // the unit is a power of two: exact
-        if (r_at) q_v += widen<N>(load<N>(r_at + at));
+        if (r_at) {  // at Q = 0 not a sum, which would lose the sign of a zero
+          const auto r_v = widen<N>(load<N>(r_at + at));
+          q_v = Q_v == 0 ? r_v : q_v + r_v;
+        }
         store(q_at + at, rounded_to<N>(static_cast<C*>(nullptr), q_v));
       }
       if constexpr (drifts || !kicks) sum[h] += w_at ? load<N>(w_at + at) * p * p : p * p;

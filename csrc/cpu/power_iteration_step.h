@@ -83,7 +83,10 @@ template <int B, class C>
 GTI_INLINE bool orthonormalize(C* x, const C* b, int64_t stride, int count, int64_t n) {
   double c[3 * kMaxTriples], norm2;
   dots<B>(x, x, n, 1, n, &norm2);
-  double scale = norm2 > 0.0 && std::isfinite(norm2) ? 1.0 / std::sqrt(norm2) : 0.0;
+  // The inverse of a subnormal length would overflow C, that of a subnormal square is wrong.
+  const double least = std::numeric_limits<C>::min();
+  const bool there = norm2 >= std::max(least * least, std::numeric_limits<double>::min());
+  double scale = there && std::isfinite(norm2) ? 1.0 / std::sqrt(norm2) : 0.0;
   for (int twice = 0; twice < 2 && count > 0 && scale > 0.0; ++twice) {
     dots<B>(x, b, stride, count, n, c);
     for (int i = 0; i < count; ++i) c[i] *= scale;
@@ -94,14 +97,20 @@ GTI_INLINE bool orthonormalize(C* x, const C* b, int64_t stride, int count, int6
     // as they are orthonormal: the second time shows it.
     scale = left > (twice ? 0.5 : 100.0 * std::numeric_limits<C>::epsilon()) ? 1.0 / left : 0.0;
   }
-  subtract<B>(x, scale, b, stride, 0, n, c);
+  if (scale > 0.0) {
+    subtract<B>(x, scale, b, stride, 0, n, c);
+  } else {
+    std::fill(x, x + n, C(0));  // 0·x would keep a NaN
+  }
   return scale > 0.0;
 }
 
 // The same, but what would be zero becomes a random direction.
 template <int B, class C>
 GTI_INLINE void complete(C* x, const C* b, int64_t stride, int count, int64_t n, int64_t np) {
-  for (uint64_t attempt = 0; !orthonormalize<B>(x, b, stride, count, np); ++attempt)
+  // Where b is orthonormal the first attempt is enough, but for a draw along b; a NaN ends too.
+  for (uint64_t attempt = 0; !orthonormalize<B>(x, b, stride, count, np) && attempt < 100;
+       ++attempt)
     for (int64_t j = 0; j < n; ++j) x[j] = start_element(attempt, ~uint64_t{0}, j);
 }
 
@@ -267,7 +276,7 @@ GTI_INLINE bool update_any(Iteration<C>& it, const Settings& set) {
 #pragma omp simd
       for (int64_t j = 0; j < np; ++j) r[j] = zv[j] - theta * v[j];
       dots<B>(r, r, np, 1, np, &square);
-      it.residual[c] = it.theta[0] > 0.0 ? std::sqrt(square) / it.theta[0] : 0.0;
+      it.residual[c] = it.theta[0] == 0.0 ? 0.0 : std::sqrt(square) / it.theta[0];
       converged &= it.residual[c] <= set.tol;
     }
     if (last || (converged && set.tol > 0.0)) return true;

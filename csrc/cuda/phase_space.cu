@@ -328,7 +328,10 @@ __device__ __forceinline__ Sums advance(int64* P, int64* Q, Element* q, const El
           position[e] += (step ^ by.sign) - by.sign;
           sums.outside |= beyond<kIncrementBits>(step) | beyond<kCoordinateBits>(position[e]);
           double moved = times(by.unit_q, static_cast<double>(position[e]));
-          if (rest) moved = plus(moved, static_cast<double>(widen(remainder[e])));
+          if (rest) {  // at Q = 0 not a sum, which would lose the sign of a zero
+            const double r = static_cast<double>(widen(remainder[e]));
+            moved = position[e] == 0 ? r : plus(moved, r);
+          }
           shown[e] = narrow(static_cast<C>(moved));
         }
         write<kWhole>(Q + at, left, even, position);

@@ -235,7 +235,7 @@ __device__ __forceinline__ void run(Work& p, const Settings& set, const Results&
       dots[2] += static_cast<double>(r) * s;
     });
     team.reduce(dots);  // and the slices of the next x are there
-    residual = theta > 0.0 ? sqrt(dots[0]) / theta : 0.0;
+    residual = theta == 0.0 ? 0.0 : sqrt(dots[0]) / theta;
     if (step == set.max_steps || (set.tol > 0.0 && residual <= set.tol)) break;
     if (!set.power) {
       next = orthonormalise(team, p, dots);

@@ -92,7 +92,8 @@ def drift_(
         q: positions, a tensor or a list of tensors; fp64, fp32, bf16 or fp16, one device. Written.
         p: momenta, shaped like q, same dtypes.
         step: time step of the drift [time], a float or a 0-d tensor, as in `kick_`.
-        inv_mass: M⁻¹, the diagonal: a float, one float per tensor, or tensors like q.
+        inv_mass: M⁻¹, the diagonal: a float, one float per tensor, or tensors like q, whose entries
+            are not looked at (a `gti_kernels.PhaseSpace` does, once).
         backend: "auto", "reference", "cpu", "triton" or "cuda"; see `gti_kernels.explain`.
 
     Accuracy and errors as in `kick_`.
@@ -138,7 +139,7 @@ def kick_drift_(
         grad: ∇L(q), shaped like q, same dtypes.
         kick, drift: time steps [time]; damp: factor of p before the kick, without unit. Floats or
             0-d tensors, as in `kick_`.
-        inv_mass: M⁻¹, the diagonal: a float, one float per tensor, or tensors like q.
+        inv_mass: M⁻¹, as in `drift_`.
         backend: "auto", "reference", "cpu", "triton" or "cuda"; see `gti_kernels.explain`.
 
     Returns:
@@ -176,7 +177,7 @@ def leapfrog_(
     q: Tensors,
     p: Tensors,
     grad_fn: Callable[[Any], Tensors],
-    dt: float,
+    dt: Scalar,
     *,
     steps: int = 1,
     inv_mass: InvMass = 1.0,
@@ -205,17 +206,18 @@ def leapfrog_(
     the energy error of Yoshida's three.
 
     Args:
-        q, p: positions and momenta, tensors or lists of the same shapes. Written. Parameters that
-            require grad are accepted: the updates are not recorded.
+        q, p: positions and momenta, tensors or lists of the same shapes and dtypes. Written.
+            Parameters that require grad are accepted: the updates are not recorded.
         grad_fn: called with q, returns ∇L(q) as a tensor, or a list for a list. The last half kick
             of a stage shares its gradient with the next: steps·stages + 1 calls, with 1 stage a
             step for order 2, and 3 or 5 for order 4.
-        dt: time step [time]; negative goes back.
+        dt: time step [time], a float or a 0-d tensor, as in `kick_`; negative goes back.
         inv_mass, backend: as in `kick_drift_`. damping: γ [1/time].
         exact: steps on the grid of integers of `gti_kernels.PhaseSpace`: the call with −dt then
             returns every bit of q and p, damping included, where grad_fn is reproducible to the
             bit; it raises where that is not so. What the way back needs is remembered as long as p
-            lives and nobody else writes q or p.
+            lives, nobody else writes q or p, and the calls get these very tensors, no other views
+            of their memory: those begin a walk of their own.
 
     Errors as in `kick_`; an exception in grad_fn leaves q and p between two stages.
 
@@ -225,6 +227,8 @@ def leapfrog_(
     >>> q
     tensor([0.5400], dtype=torch.float64)
     """
+    qs, ps = tensor_list(q), tensor_list(p)
+    (dt,) = scalars("leapfrog_", qs, dt=dt)
     sizes = stage_sizes("leapfrog_", dt, steps, order, composition)
     damping = finite("leapfrog_", "damping", damping)
     if exact:
@@ -254,7 +258,6 @@ def leapfrog_(
         # A quadratic's gradient may be q itself, which the drift is about to overwrite.
         return [g.clone() if g is q_t else g.detach() for g, q_t in zip(grads, qs)]
 
-    qs, ps = tensor_list(q), tensor_list(p)
     compose(
         sizes,
         damping,
@@ -266,7 +269,7 @@ def leapfrog_(
     )
 
 
-def stage_sizes(op: str, dt: float, steps: int, order: int, composition: str) -> list[float]:
+def stage_sizes(op: str, dt: Scalar, steps: int, order: int, composition: str) -> list[Any]:
     """The sizes of the Verlet steps that make up `steps` steps of size dt."""
     if order not in (2, 4):
         raise ValueError(f"{op}: order must be 2 or 4, got {order!r}")
@@ -274,24 +277,29 @@ def stage_sizes(op: str, dt: float, steps: int, order: int, composition: str) ->
         raise ValueError(f"{op}: composition must be 'yoshida' or 'suzuki', got {composition!r}")
     if not isinstance(steps, int) or steps < 0:
         raise ValueError(f"{op}: steps must be an integer of at least 0, got {steps!r}")
-    dt = finite(op, "dt", dt)
+    dt = dt.to(torch.float64) if isinstance(dt, Tensor) else finite(op, "dt", dt)
     return [w * dt for w in _STAGES[order, composition]] * steps
 
 
+def exp(x: Scalar) -> Scalar:
+    """eˣ, of a tensor without reading it."""
+    return x.exp() if isinstance(x, Tensor) else math.exp(x)
+
+
 def compose(
-    sizes: Sequence[float],
+    sizes: Sequence[Scalar],
     damping: float,
     gradient: Callable[[], list[Tensor]],
-    kick_drift: Callable[[list[Tensor], float, float, float], object],
-    kick: Callable[[list[Tensor], float, float], object],
+    kick_drift: Callable[[list[Tensor], Scalar, Scalar, Scalar], object],
+    kick: Callable[[list[Tensor], Scalar, Scalar], object],
     *,
     merged: bool = True,
 ) -> None:
     """One damp–kick–drift–kick–damp step per size. The half kicks that meet share a gradient, and
     are one kick where `merged`."""
-    left: tuple[float, float] | None = None  # the half kick and half damping of the stage before
+    left: tuple[Scalar, Scalar] | None = None  # the half kick and half damping of the stage before
     for h in sizes:
-        half = math.exp(-0.5 * damping * h)
+        half = exp(-0.5 * damping * h)
         grad = gradient()
         with torch.no_grad():
             if merged and left is not None:

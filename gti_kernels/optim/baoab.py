@@ -138,7 +138,8 @@ class BAOAB(PhaseOptimizer):
         return space
 
     def _saved(self) -> dict[str, Any]:
-        states = {str(device): g.get_state() for device, g in self._generators.items()}
+        devices = {space.device for space in self.phase_spaces}
+        states = {str(device): self._generator(device).get_state() for device in devices}
         return {**super()._saved(), "generators": states}
 
     def _restore(self, saved: dict[str, Any]) -> None:

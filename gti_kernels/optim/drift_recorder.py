@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..probes.arguments import whole
 from ..probes.energy_drift import tail_drift
+from .phase_optimizer import PhaseOptimizer
 
 #: Records that stay on the device between two copies to the host.
 _CAPACITY = 1024
@@ -17,12 +18,14 @@ class DriftRecorder:
 
         D = median over t in [⌊0.8 T⌋, T) of |H_{t+1} − H_t|
 
-    H is `optimizer.energy(loss)` where there is such a method (`Leapfrog`, `BAOAB`): kinetic energy
-    plus loss. For any other optimizer (AdamW, SGD with and without momentum) H is the loss: their
-    buffers are no canonical momenta. `drift_slope` fits log₁₀ D = m log₁₀ dt + b over several runs.
+    H is `optimizer.energy()` of a `Leapfrog` or `BAOAB`: kinetic energy plus loss. For any other
+    optimizer (AdamW, SGD with and without momentum) H is the loss: their buffers are no canonical
+    momenta. `drift_slope` fits log₁₀ D = m log₁₀ dt + b over several runs.
 
-    Call `record(loss)` once a step, after `optimizer.step`. Loss and energy are copied into a
-    buffer on their device; it goes to the host after every 1024 records, and when a result is read.
+    Call `record(loss)` once a step, after `optimizer.step`; of step(closure), which returns the
+    loss at its beginning, H is taken with the one at its end, as momenta are. Loss and energy are
+    copied into a buffer on their device; it goes to the host after every 1024 records, and when a
+    result is read.
 
     Args:
         optimizer: the torch.optim.Optimizer that makes the steps.
@@ -52,14 +55,14 @@ class DriftRecorder:
             )
         self.optimizer = optimizer
         self.every = whole("every", every)
-        self._energy = getattr(optimizer, "energy", None)
         self._calls = 0
         self._host: list[list[float]] = []
         self._device: Tensor | None = None  # [_CAPACITY, 2] fp64, loss and energy
         self._filled = 0
 
     def record(self, loss: Tensor) -> None:
-        """Notes the loss (a tensor of one element) that belongs to the last step, and its H."""
+        """Notes the loss (a tensor of one element) of the last step, and H after it: with that loss
+        where the optimizer knows none of its own."""
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
             raise TypeError(f"loss: expected a tensor of one element, got {got}")
@@ -68,7 +71,9 @@ class DriftRecorder:
             return
         with torch.no_grad():
             loss = loss.detach().reshape(())
-            energy = loss if self._energy is None else self._energy(loss)
+            energy = loss
+            if isinstance(self.optimizer, PhaseOptimizer):
+                energy = self.optimizer.energy(None if self.optimizer.knows_loss else loss)
             if self._device is None or self._device.device != loss.device:
                 self._flush()
                 self._device = loss.new_empty((_CAPACITY, 2), dtype=torch.float64)

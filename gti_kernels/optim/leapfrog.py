@@ -13,7 +13,7 @@ from torch import Tensor
 from ..interrupts import Uninterrupted
 from ..ops.arguments import finite
 from ..ops.leapfrog import stage_sizes
-from .phase_optimizer import Closure, PhaseOptimizer
+from .phase_optimizer import Closure, Owed, PhaseOptimizer, _quotient
 from .walked_steps import Step, WalkedSteps
 
 _EPSILON = 1e-12
@@ -35,7 +35,8 @@ class Leapfrog(PhaseOptimizer):
 
     The closure clears the gradients, computes the loss, calls backward and returns the loss; it is
     called at both ends of a step. Its last gradient serves for the beginning of the next step if
-    that gets the same closure object and neither parameters nor gradients have changed since. So
+    that gets the same closure object and neither parameters nor gradients have changed since
+    (writing into `.data`, as `q.data.mul_(2)`, is not seen). So
     define the closure once for a fixed batch, and anew (or call zero_grad() before the step) for
     each new batch. The two forms may alternate: what p is behind q, the next step makes up.
 
@@ -67,7 +68,7 @@ class Leapfrog(PhaseOptimizer):
     GradScaler, gradient accumulation, DistributedDataParallel and LR schedulers. A closure that
     raises, or whose gradients are refused, and Ctrl-C leave a state from which the next step goes
     on: p owes what the interrupted one had left. Ctrl-C waits until all groups have moved. Move the
-    model to its device before.
+    model to its device before; torch.utils.swap_tensors refuses parameters that a plan holds.
 
     Raises:
         TypeError, ValueError: argument, expectation, what came; no tensor is touched.
@@ -116,6 +117,7 @@ class Leapfrog(PhaseOptimizer):
         self._walked = WalkedSteps()  # with exact
         self._unfinished: Step | None = None  # the last step with exact; or one that is half undone
         self._numbers: list[list[tuple[Any, Any, Any]]] = []  # of one that is half undone
+        self._drifted: dict[int, Any] = {}  # sizes of the drifts undone in a stage, by group
         self._moved: list[bool] = []  # of each group in the present stage: whether it drifts
         self._known: tuple[Any, ...] = ()  # before the step: what `_unbegin` restores
         defaults = {
@@ -154,9 +156,10 @@ class Leapfrog(PhaseOptimizer):
         and at the positions before a step() without one. With `exact` any number of steps, of
         either form, returns every bit, whatever lr, damping, cap and the set of gradients that are
         None were. Else this undoes, up to rounding, a step that did not break off, of the present
-        form, lr, damping and set (another set is refused); momenta that the energy cap has scaled
-        stay scaled. Where the closure raises, or its gradients are refused, no group takes that
-        kick back, though positions may have gone back; the next `reverse` goes on from there.
+        form, lr, damping and set (another set is refused), as was the step before it; momenta that
+        the energy cap has scaled stay scaled. Where the closure raises, or its gradients are
+        refused, no group takes that kick back, though positions may have gone back; the next
+        `reverse` goes on from there.
         """
         self._check_groups()
         with Uninterrupted():
@@ -171,26 +174,34 @@ class Leapfrog(PhaseOptimizer):
                     space.check("reverse", kicks=False)
                 for i, drifts in enumerate(stage):
                     if drifts:
-                        h = self._undo_drift(i, last)
+                        h = self._drifted[i] = self._undo_drift(i, last)
                         half = self._half_damp(self.param_groups[i], h)
                         # for a step, should closure raise or give another gradient
                         self._owed[i] = -0.5 * h / half, 1.0 / half
                         stage[i] = False
             self._potential(closure)
             with Uninterrupted():
+                behind = not last and not all(map(_synchronised, owed))
+                ahead = [self._kinetic_energy(i) for i in range(len(stage) if behind else 0)]
                 self._kinetic = [None] * len(self._kinetic)
-                self._undo_kicks(len(stage), last)
+                kicks = self._undo_kicks(len(stage), last)
                 stages.pop()
                 if not stages:
                     self._owed[: len(owed)] = owed  # groups added since have not walked
                     self._unfinished = None
+                    if len(self._drifted) == len(ahead):  # else half of it was undone elsewhere
+                        self._before = [
+                            (k.clone(), _quotient(0.5 * self._drifted[i], self._sign(i) * kicks[i]))
+                            for i, k in enumerate(ahead)
+                        ]
+                self._drifted = {}
         self._remember(closure)
-        return self._potential(closure)
+        return self._potential(closure).clone()
 
     @property
     def cap_engagements(self) -> Tensor:
         """How often the energy cap has scaled the momenta: 0-d int64, on the device."""
-        return self._engagements
+        return self._engagements.clone()
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
@@ -263,7 +274,7 @@ class Leapfrog(PhaseOptimizer):
         owed = [owed or (0.0, 1.0) for owed in self._owed]
         step: Step = (tuple(owed), [])
         self._numbers = []
-        synchronised = all(not isinstance(x[0], Tensor) and x == (0.0, 1.0) for x in owed)
+        synchronised = all(map(_synchronised, owed))
         for w in self._fractions if synchronised else (1.0,):
             numbers = []
             for i, group in enumerate(self.param_groups):
@@ -288,19 +299,20 @@ class Leapfrog(PhaseOptimizer):
         space.drift_(-h, skipped=space.skipped)
         return h
 
-    def _undo_kicks(self, groups: int, stage: int) -> None:
-        """Takes back the kicks of a stage; an error leaves all of them as they were."""
+    def _undo_kicks(self, groups: int, stage: int) -> list[Any]:
+        """Takes back the kicks of a stage and returns their sizes; an error leaves all of them as
+        they were."""
         spaces = self.phase_spaces[:groups]
         if self._exact:
             moves: list[Any] = []
             try:
                 for space in spaces:
-                    moves.append(space.undo_kick_())
+                    moves.append(space.undo_kick_(step=len(self._walked) + 1))
             except BaseException:
                 for space, move in zip(spaces, moves):
                     space.redo_kick_(move)
                 raise
-            return
+            return [move.step for move in moves]
         for space in spaces:
             if tuple([j for j, q in enumerate(space.params) if q.grad is None]) != space.skipped:
                 raise RuntimeError(
@@ -310,6 +322,7 @@ class Leapfrog(PhaseOptimizer):
         self._check_kicks()
         for space, (kick, _, damp) in zip(spaces, self._numbers[stage]):
             space.kick_(-kick / damp, damp=1.0 / damp)
+        return [kick for kick, _, _ in self._numbers[stage]]
 
     def _cap(self, loss: Tensor | None) -> Tensor | None:
         if self._energy_cap is None:
@@ -348,5 +361,10 @@ class Leapfrog(PhaseOptimizer):
         initial = saved["initial_energy"]
         self._initial_energy = None if initial is None else initial.to(self._device)
         self._engagements = saved["engagements"].to(self._device, copy=True)
-        self._walked = WalkedSteps.of(saved["walked"])
+        self._walked, self._drifted = WalkedSteps.of(saved["walked"]), {}
         self._unfinished, self._numbers = copy.deepcopy(saved["unfinished"])
+
+
+def _synchronised(owed: Owed | None) -> bool:
+    """Whether p and q are known to belong to the same time."""
+    return owed is not None and not isinstance(owed[0], Tensor) and owed == (0.0, 1.0)

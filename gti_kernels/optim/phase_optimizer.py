@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ class PhaseOptimizer(torch.optim.Optimizer):
         self._kept: dict[int, Tensor] = {}  # the memory of K on a GPU
         self._before: list[tuple[Tensor, float]] = []  # after a staggered step: see `energy`
         self._loss: Tensor | None = None
-        self._evaluated: tuple[Any, list[int], list[Any]] | None = None
+        self._evaluated: tuple[Any, list[Any], list[Any]] | None = None
         super().__init__(params, defaults)
         if not isinstance(momentum, str):
             self._momentum = "zeros"  # the tensors were for the groups that are there
@@ -206,11 +207,8 @@ class PhaseOptimizer(torch.optim.Optimizer):
             )
         for i, (group, space) in enumerate(zip(self.param_groups, self.phase_spaces)):
             self._check_group(group)
-            try:  # at the speed of C where all are the same objects, which come before their values
-                same = group["params"] == space.params
-            except RuntimeError:
-                same = False
-            if not same:
+            params = group["params"]
+            if len(params) != len(space.params) or not all(map(is_, params, space.params)):
                 raise RuntimeError(
                     f"param_groups[{i}]: expected the params that were added, got others. {_ANEW}"
                 )
@@ -259,16 +257,21 @@ class PhaseOptimizer(torch.optim.Optimizer):
             and versions == self._versions()
         )
 
-    def _versions(self) -> list[int]:
-        """Version counters of all parameters and gradients: in-place changes raise them."""
+    def _versions(self) -> list[tuple[int, int, bool, int]]:
+        """What changes with a parameter, or with what is in its gradient, but for writing through
+        `.data`, which raises no version counter."""
         return [
-            version
+            (q._version, q.data_ptr(), q.requires_grad, -1 if q.grad is None else q.grad._version)
             for group in self.param_groups
             for q in group["params"]
-            for version in (q._version, -1 if q.grad is None else q.grad._version)
         ]
 
     # ---- energy ----------------------------------------------------------------------------------
+
+    @property
+    def knows_loss(self) -> bool:
+        """Whether `energy` needs no loss: step(closure) and step(loss=loss) have told it."""
+        return self._loss is not None
 
     def energy(self, loss: Tensor | None = None) -> Tensor:
         """H = K + L where the loss was last known: a 0-d fp64 tensor; nothing waits for the device.
@@ -276,7 +279,7 @@ class PhaseOptimizer(torch.optim.Optimizer):
         After step(closure), K = ½ pᵀM⁻¹p and L at the end of the step. After step() the loss is
         that of the positions q_t before the step, given here or as step(loss=loss), and K is
         interpolated to the same time from both sides: (K_{t−½} + K_{t+½})/2, which differs from
-        K_t by O(dt²). With maximize, L is minus the loss.
+        K_t by O(dt²); so it is after `reverse`. With maximize, L is minus the loss.
 
         Raises RuntimeError when no loss is known, ValueError when groups disagree on maximize.
         """

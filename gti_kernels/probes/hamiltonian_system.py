@@ -352,7 +352,7 @@ class HamiltonianSystem:
         generator = torch.Generator().manual_seed(self.seed)
         momenta = []
         for q, w in zip(self.q, self.inv_mass, strict=True):
-            noise = torch.randn(q.shape, generator=generator, dtype=torch.float64)
+            noise = torch.randn(q.shape, generator=generator, dtype=torch.float64, device="cpu")
             # The layout of q, so that the kernels can walk through both as flat memory.
             momenta.append(_own(q, None).copy_(math.sqrt(self.temperature / w) * noise))
         return momenta

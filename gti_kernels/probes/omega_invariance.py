@@ -113,11 +113,10 @@ def omega_invariance(
             kinks += len(s.kinks)
             growth = math.exp(system.damping * steps * dt)
             size = math.sqrt(2 * pairs)  # ‖J_2k‖_F
-            undamped.append(float((form.omega.cpu() - symplectic_matrix(pairs)).norm()) / size)
+            before = symplectic_matrix(pairs, device=system.device)
+            undamped.append(float((form.omega - before).norm()) / size)
             volumes.append(0.5 * float(torch.linalg.slogdet(form.metric)[1]))  # 1 before
-            values.append(
-                float((growth * form.omega.cpu() - symplectic_matrix(pairs)).norm()) / size
-            )
+            values.append(float((growth * form.omega - before).norm()) / size)
             rounding = float(form.error_bound.norm()) + s.rounding * float(form.metric.trace())
             floors.append(growth * rounding / size)
     return OmegaInvariance(

@@ -186,7 +186,8 @@ def _differences(
     """(Φ(z + h d) − Φ(z − h d)) / 2h for each tangent d, h = increment · ‖z₀‖ / ‖d‖."""
     length = math.sqrt(sum(float(x.square().sum()) for x in z.q + z.p))
     m = len(s.q[0])
-    signs = torch.randint(0, 2, (m,), generator=torch.Generator().manual_seed(system.seed)) * 2 - 1
+    generator = torch.Generator().manual_seed(system.seed)
+    signs = torch.randint(0, 2, (m,), generator=generator, device="cpu") * 2 - 1
 
     def image(d: list[Tensor], h: float) -> list[Tensor]:
         end = z.copy()

@@ -30,8 +30,8 @@ def energy_change(system: HamiltonianSystem, state: State, size: float, draws: i
     generator = torch.Generator().manual_seed(system.seed)
 
     def shaken(x: Tensor) -> Tensor:
-        sign = torch.randint(0, 2, x.shape, generator=generator, dtype=torch.int8) * 2 - 1
-        return x * (1 + size * sign.to(x.device))
+        bits = torch.randint(0, 2, x.shape, generator=generator, dtype=torch.int8, device="cpu")
+        return x * (1 + size * (bits * 2 - 1).to(x.device))
 
     changes = [
         system.energy(State([shaken(q) for q in wide.q], [shaken(p) for p in wide.p], wide.b))

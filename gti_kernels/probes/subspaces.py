@@ -63,7 +63,7 @@ def directions(
         raise ValueError(f"pairs: expected at most {where} directions, got {pairs}")
     if subspace == "random":
         generator = torch.Generator().manual_seed(system.seed + 7919 * (draw + 1))
-        noise = torch.randn(count, pairs, generator=generator, dtype=torch.float64)
+        noise = torch.randn(count, pairs, generator=generator, dtype=torch.float64, device="cpu")
         columns = torch.linalg.qr(noise)[0].to(system.device)
     elif subspace == "gradient":
         columns = _gradients(system, inside, pairs)

@@ -243,7 +243,10 @@ def _check_symmetry(
     as well) are wrong when they are differentiated twice backwards, without a word."""
     q, *others = point
     generator = torch.Generator().manual_seed(0)
-    xy = [torch.randn(2, *x.shape, generator=generator, dtype=x.dtype).to(x.device) for x in q]
+    xy = [
+        torch.randn(2, *x.shape, generator=generator, dtype=x.dtype, device="cpu").to(x.device)
+        for x in q
+    ]
     zeros = tree_map(lambda x: x.new_zeros(2, *x.shape), others)
     _, h = differential(gradient, point, (xy, *zeros))
     one = sum(float((a[0] * b[1]).sum()) for a, b in zip(xy, h, strict=True))

@@ -111,11 +111,18 @@ def grid_step(
             Q_t.add_(sign * torch.where(small, x, 0.0).round().to(torch.int64))
             inside &= small.all() & _in_limits(Q_t)
             r = remainder[i]
-            moved = unit_q[i] * Q_t.double()
-            q[i].copy_(by_way_of_fp32(moved if r is None else moved + r.double(), q[i].dtype))
+            q[i].copy_(by_way_of_fp32(off_grid(Q_t, unit_q[i], r), q[i].dtype))
         if drifts:
             energy += 0.5 * (w * (s * unit_p[i] * P_t.double()).square()).sum()
     return checksum, inside, energy
+
+
+def off_grid(integers: Tensor, unit: float, remainder: Tensor | None) -> Tensor:
+    """unit·integers + remainder in fp64; a remainder of −0 at 0 keeps its sign."""
+    x = unit * integers.double()
+    if remainder is None:
+        return x
+    return torch.where(integers == 0, remainder.double(), x + remainder.double())
 
 
 def _in_limits(x: Tensor) -> Tensor:

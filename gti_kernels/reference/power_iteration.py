@@ -138,7 +138,7 @@ def iterate(v0: Tensor, method: str, max_steps: int, tol: float) -> Iteration:
         v, y, z = v @ rotation, y @ rotation, z @ rotation
         r = z - v * theta.to(c)
         length = torch.linalg.vector_norm(r, dim=0)
-        residual = (length / theta[0]).to(c) if theta[0] > 0 else torch.zeros_like(length)
+        residual = torch.zeros_like(length) if theta[0] == 0 else (length / theta[0]).to(c)
         converged = bool((residual <= tol).all())
         if steps == max_steps or (converged and tol > 0):
             break

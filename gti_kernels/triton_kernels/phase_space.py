@@ -356,9 +356,9 @@ def grid_kernel(
         store_block(Q, lanes, moved, position, False)
         inside &= within(by, 1 << 51) & within(position, 1 << 62) | (lanes >= moved)
         r, remaining = part(table + 2 * items, item, count, True)
-        r = pointer(r, T, False) + start
-        shown = unit_q * position.to(tl.float64)
-        shown += load_block(r, lanes, remaining, False, tl.float64)
+        r = load_block(pointer(r, T, False) + start, lanes, remaining, False, tl.float64)
+        # At Q = 0 not a sum, which would lose the sign of a zero.
+        shown = tl.where(position == 0, r, unit_q * position.to(tl.float64) + r)
         if T is tl.bfloat16:
             half = nearest_bf16(shown.to(tl.float32))
             store_block(pointer(q, tl.int16, False) + start, lanes, moved, half, False)
