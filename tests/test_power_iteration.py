@@ -589,3 +589,82 @@ def test_a_start_of_another_dtype_and_seeds_of_any_size(backend):
         for seed in (-1, 2**64 - 1, 2**70 - 1)
     ]
     assert torch.equal(same[0], same[1]) and torch.equal(same[0], same[2])
+
+
+# ---- matrices whose residuals vanish -------------------------------------------------------------
+
+
+def sparse_integers(m: int, n: int, kind: int, generator: torch.Generator) -> torch.Tensor:
+    """Matrices that are known to the last bit after a few steps, so that what is left is zero or
+    subnormal: a few ones, all ones, products of small integers, multiples of the identity."""
+
+    def draw(high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(high, shape, generator=generator).double()
+
+    if kind == 0:
+        w = torch.zeros(m, n, dtype=torch.float64)
+        for _ in range(int(draw(4))):
+            w[int(draw(m)), int(draw(n))] = float(draw(3)) + 1
+        return w
+    if kind == 1:
+        return torch.ones(m, n, dtype=torch.float64)
+    if kind == 2:
+        r = int(draw(3)) + 1
+        return draw(3, m, r) @ draw(3, r, n)
+    return torch.eye(m, n, dtype=torch.float64) * (float(draw(7)) + 1) / 8
+
+
+@every_method
+@every_dtype
+def test_what_is_left_of_a_residual_may_be_subnormal(dtype, method):
+    generator = torch.Generator().manual_seed(2)
+    eps = torch.finfo(compute_dtype(dtype)).eps
+    for number in range(600):
+        m, n = (int(x) for x in torch.randint(1, 40, (2,), generator=generator))
+        k = int(torch.randint(1, min(m, n, 16) + 1, (), generator=generator))
+        w = sparse_integers(m, n, number % 4, generator).to(dtype)
+        tol, steps = ((0.0, 10), (0.0, 60), (1e-7, 60), (1e-12, 60), (1e-4, 100))[number // 4 % 5]
+        r = gti.power_iteration(w, k=k, tol=tol, max_steps=steps, method=method, backend="cpu")
+        true = torch.linalg.svdvals(w.double())
+        for x in r:
+            assert bool(torch.isfinite(x).all())
+        assert bool(r.converged) == bool((r.residual <= tol).all())
+        assert float(r.sigma[0]) <= float(true[0]) * (1 + 32 * eps)
+        assert float(r.upper) >= float(true[0]) * (1 - 2.0**-50)
+        for x in (r.u, r.v):
+            gram = x.double().T @ x.double()
+            torch.testing.assert_close(gram, torch.eye(k).double(), atol=100 * eps, rtol=0)
+        if method == "cg" and steps > 10:
+            assert float(r.sigma[0]) == pytest.approx(float(true[0]), rel=1e-4)
+
+
+@every_backend
+def test_a_start_in_what_is_almost_the_null_space(backend):
+    w = torch.diag(torch.tensor([1.0, 1e-22]))
+    start = gti.power_iteration(w, max_steps=1)._replace(v=torch.tensor([[0.0], [1.0]]))
+    for method in ("power", "cg"):
+        r = gti.power_iteration(
+            w, method=method, tol=0.0, max_steps=20, start=start, backend=backend
+        )
+        # The start is a singular vector: that its neighbour is larger takes luck.
+        assert any(float(r.sigma) == pytest.approx(s, rel=0.02) for s in (1.0, 1e-22))
+        for x in r:
+            assert bool(torch.isfinite(x).all())
+    layer = torch.nn.Linear(2, 2, bias=False)
+    with torch.no_grad():
+        layer.weight.copy_(torch.diag(torch.tensor([0.0, 1.0])))
+    gti.nn.spectral_norm(layer, n_power_iterations=3)
+    with torch.no_grad():
+        layer.parametrizations.weight.original.copy_(w)
+    assert bool(torch.isfinite(layer.weight).all())
+
+
+@every_backend
+def test_a_nan_within_the_iteration_is_not_converged(backend):
+    """Products that leave the range of fp32: never NaN with converged."""
+    for scale in (1e-30, 1e-38, 1e30):
+        w = scale * torch.eye(5, 3)
+        w[0, 0] *= 0.5
+        r = gti.power_iteration(w, k=3, tol=0.0, max_steps=30, backend=backend)
+        assert bool(torch.isfinite(r.sigma).all()) or not bool(r.converged)
+        assert float(r.sigma[0]) == pytest.approx(scale, rel=1e-5)
