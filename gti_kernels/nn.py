@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from .conventions import compute_dtype
-from .ops.arguments import finite
+from .ops.arguments import FLOATS, finite
 from .ops.library import is_plain_eager, refuse_lost_derivatives, without_transforms
 from .ops.power_iteration import power_iteration, start_from
 
@@ -66,7 +67,8 @@ def spectral_norm(
     Returns:
         module. Works under torch.compile (fullgraph), autocast, torch.func.grad, jvp and vmap, in
         any nesting; under vmap over weights the new vectors are not kept. Transforms of torch.func
-        inside a compiled function are refused: transform outside of it.
+        inside a compiled function are refused: transform outside of it. Of a compiled one only
+        first derivatives are right, as for `gti_kernels.top_singular_values`.
 
     Raises:
         ValueError, IndexError, TypeError: the argument, what was expected, what came.
@@ -83,6 +85,16 @@ def spectral_norm(
         raise ValueError(
             f"spectral_norm: name must be that of a parameter or buffer of {type(module).__name__},"
             f" got {name!r}"
+        )
+    if is_lazy(weight):
+        raise ValueError(
+            f"spectral_norm: {name} must have a shape, got a lazy parameter. Run one forward of "
+            f"the module before"
+        )
+    if weight.ndim < 1 or weight.dtype not in FLOATS:
+        raise TypeError(
+            f"spectral_norm: {name} must have at least one dim and dtype "
+            f"{', '.join(map(str, FLOATS))}, got shape {tuple(weight.shape)} of {weight.dtype}"
         )
     if dim is None:
         dim = 1 if isinstance(module, _TRANSPOSED) else 0

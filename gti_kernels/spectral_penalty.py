@@ -8,14 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from . import backends
-from .ops.arguments import finite
+from .conventions import compute_dtype
+from .ops.arguments import FLOATS, finite
 from .ops.library import without_transforms
 from .ops.power_iteration import SingularTriples, _check_settings, sigma_with_vectors, start_from
 
 Layers = Callable[[str, nn.Module], bool] | Iterable[str] | None
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 Place = tuple[nn.Module, str]  #: a module and the name of its weight there
 
 
@@ -46,7 +49,9 @@ class SpectralPenalty:
 
     `sigmas` has the values of the last computed call by name. `state_dict` and `load_state_dict`
     carry the number of calls and the vectors v from which the next call starts. Under torch.compile
-    a call is a graph break: call it outside of the compiled function.
+    a call is a graph break: call it outside of the compiled function, and outside of
+    torch.utils.checkpoint, whose recomputation would count as a call. A call under vmap keeps
+    nothing.
 
     Raises:
         ValueError, TypeError: the argument, what was expected, what came; among them `layers` that
@@ -92,26 +97,34 @@ class SpectralPenalty:
         self._sigma: Tensor | None = None  # [L]
         self._v: list[Tensor] = []
 
+    @torch._disable_dynamo
     def __call__(self) -> Tensor:
         """Σ_l (σ_l − target)², or 0 in the calls between; 0-d, fp32 (fp64 if any weight is)."""
         if self.calls % self.every != 0 and self._sigma is not None:
             self.calls += 1
-            return self._sigma.new_zeros(())
+            held = [x for place in self._places.values() for x in _behind(*place)]
+            real = max((compute_dtype(x.dtype) for x in held), key=lambda dtype: dtype.itemsize)
+            return torch.zeros((), dtype=real, device=held[0].device)
+        weights = [getattr(module, attribute) for module, attribute in self._places.values()]
+        with torch._C._DisableFuncTorch():  # what is kept is of no transform
+            start = self._start(weights)
         sigma, *vectors = sigma_with_vectors(
-            [getattr(module, attribute) for module, attribute in self._places.values()],
+            weights,
             1,
             *self.settings,
-            self._start(),
+            start,
             self.seed,
             self.backend,
         )
         self.calls += 1
-        self._sigma = without_transforms(sigma[:, 0].detach())
-        self._v = [without_transforms(v) for v in vectors[len(self._places) :]]
+        sigma_, *vs = map(without_transforms, (sigma[:, 0].detach(), *vectors[len(weights) :]))
+        if not _is_wrapped(sigma_):  # a vmap ends
+            self._sigma, self._v = sigma_, vs
         return (sigma - self.target).square().sum()
 
-    def _start(self) -> SingularTriples | None:
-        """The last v, each with a random part of length about a tenth.
+    def _start(self, weights: list[Tensor]) -> SingularTriples | None:
+        """The last v, each with a random part of length about a tenth; all random where the length
+        is another now.
 
         The gradient goes along u vᵀ: under it v stays a singular vector while its σ falls below the
         next one, and an iteration that begins exactly there has a zero residual and sees no other.
@@ -121,9 +134,12 @@ class SpectralPenalty:
             return None
         random = torch.Generator(self._v[0].device).manual_seed(self.seed + self.calls)
         starts = []
-        for v in self._v:
-            noise = torch.randn(v.shape, generator=random, dtype=v.dtype, device=v.device)
-            starts.append(v.add(noise, alpha=0.1 / math.sqrt(v.shape[0])))
+        for v, w in zip(self._v, weights):
+            n = math.prod(w.shape[1:])
+            noise = torch.randn((n, 1), generator=random, dtype=v.dtype, device=v.device)
+            starts.append(
+                v.add(noise, alpha=0.1 / math.sqrt(n)) if v.shape == noise.shape else noise
+            )
         return start_from(starts)
 
     @property
@@ -146,9 +162,15 @@ class SpectralPenalty:
                     f"SpectralPenalty: state_dict must be for the weights {list(self._places)}, "
                     f"got {key} of {list(state[key])}"
                 )
+        calls, values = state["calls"], [*state["sigma"].values(), *state["v"].values()]
+        if type(calls) is not int or calls < 0 or not all(isinstance(x, Tensor) for x in values):
+            raise TypeError(
+                f"SpectralPenalty: state_dict must have an integer >= 0 for calls and tensors for "
+                f"sigma and v, got {calls!r} and {sorted({type(x).__name__ for x in values})}"
+            )
         module, _ = next(iter(self._places.values()))
         device = next(module.parameters()).device
-        self.calls = state["calls"]
+        self.calls = calls
         self._v = [state["v"][name].to(device, copy=True) for name in self._places if state["v"]]
         sigma = [state["sigma"][name].to(device) for name in self._places if state["sigma"]]
         self._sigma = torch.stack(sigma) if sigma else None
@@ -177,7 +199,7 @@ def _places(model: nn.Module) -> dict[str, Place]:
             seen.add(id(parameter))
             with torch.no_grad():
                 weight = getattr(module, name)
-            if weight.ndim >= 2 and weight.numel() > 0:
+            if is_lazy(parameter) or (weight.ndim >= 2 and weight.numel() > 0):
                 out[f"{path}.{name}" if path else name] = (module, name)
     return out
 
@@ -212,7 +234,27 @@ def _select(places: dict[str, Place], layers: Layers) -> dict[str, Place]:
             "SpectralPenalty: layers must select at least one weight of at least 2 dims. There "
             f"are: {', '.join(places) or 'none'}"
         )
+    for name, place in chosen.items():
+        for x in _behind(*place):
+            if is_lazy(x):
+                raise ValueError(
+                    f"SpectralPenalty: {name} must have a shape, got a lazy parameter. Run one "
+                    f"forward of the model before"
+                )
+            if x.dtype not in FLOATS:
+                raise TypeError(
+                    f"SpectralPenalty: {name} must have dtype {', '.join(map(str, FLOATS))}, got "
+                    f"{x.dtype}. Leave it out by `layers`"
+                )
     return chosen
+
+
+def _behind(module: nn.Module, name: str) -> list[Tensor]:
+    """The parameter of that name, or those behind a parametrized one."""
+    if parametrize.is_parametrized(module, name):
+        behind: nn.Module = module.parametrizations[name]  # type: ignore[union-attr,index,assignment]
+        return [*behind.parameters(recurse=False), *behind.buffers(recurse=False)]
+    return [getattr(module, name)]
 
 
 def _within(weight: str, name: str) -> bool:

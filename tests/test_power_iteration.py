@@ -668,3 +668,29 @@ def test_a_nan_within_the_iteration_is_not_converged(backend):
         r = gti.power_iteration(w, k=3, tol=0.0, max_steps=30, backend=backend)
         assert bool(torch.isfinite(r.sigma).all()) or not bool(r.converged)
         assert float(r.sigma[0]) == pytest.approx(scale, rel=1e-5)
+
+
+@every_backend
+def test_vmap_with_one_start_for_all(backend):
+    w = numbers(5, 4)
+    start = gti.power_iteration(w, backend=backend)
+    ws = torch.stack([w, 2 * w])
+    got = torch.func.vmap(
+        lambda w: gti.top_singular_values(w, start=start, backend=backend), randomness="error"
+    )(ws)
+    torch.testing.assert_close(got[:, 0], torch.linalg.svdvals(ws)[:, 0], rtol=1e-6, atol=0)
+    lists = torch.func.vmap(
+        lambda w: gti.top_singular_values(
+            [w, w.T], start=start._replace(v=[start.v, start.u]), backend=backend
+        )
+    )(ws)
+    torch.testing.assert_close(lists[:, 1], got, rtol=1e-6, atol=0)
+
+
+def test_explain_refuses_a_start_that_the_call_would():
+    w = numbers(5, 4)
+    for start in ("x", gti.power_iteration(numbers(5, 3))):
+        with pytest.raises((TypeError, ValueError), match=r"power_iteration: start"):
+            gti.explain("power_iteration", w, start=start)
+    with pytest.raises(TypeError, match="foo"):
+        gti.explain("power_iteration", w, foo=3)

@@ -608,3 +608,13 @@ def test_one_new_weight_per_forward_and_no_copy(dtype):
         with LargeResults(16 * 75) as made:
             out.backward(torch.ones_like(out).contiguous())
         assert len([n for n in made.names if n != "ones_like"]) <= 2
+
+
+def test_weights_it_cannot_take():
+    with pytest.raises(ValueError, match="spectral_norm: weight must have a shape.*forward"):
+        gti.nn.spectral_norm(nn.LazyLinear(4))
+    layer = nn.Linear(3, 3)
+    for bad in (torch.ones(()), torch.ones(3, 3, dtype=torch.int32)):
+        layer.weight = nn.Parameter(bad, requires_grad=False)
+        with pytest.raises(TypeError, match="spectral_norm: weight must have at least one dim"):
+            gti.nn.spectral_norm(layer)

@@ -408,3 +408,83 @@ def test_what_is_no_module():
         gti.SpectralPenalty([torch.ones(2, 2)])
     with pytest.raises(ValueError, match="There are: none"):
         gti.SpectralPenalty(nn.LayerNorm(3))
+
+
+# ---- what changes between two calls --------------------------------------------------------------
+
+
+def test_a_call_under_vmap_keeps_nothing():
+    net = nn.Linear(3, 2, bias=False).double()
+    penalty = gti.SpectralPenalty(net)
+    w = torch.stack([x * net.weight.detach() for x in (1.0, 2.0)])
+
+    class Penalised(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = net
+
+        def forward(self):
+            return penalty()
+
+    def value(w):
+        return torch.func.functional_call(Penalised(), {"net.weight": w}, ())
+
+    for _ in range(2):
+        got = torch.func.vmap(value)(w)
+        assert penalty.sigmas == {} and penalty.state_dict()["v"] == {}
+        expected = [(torch.linalg.svdvals(x)[0] - 1).square() for x in w]
+        torch.testing.assert_close(got, torch.stack(expected), rtol=1e-4, atol=0)
+    for _ in range(2):
+        hessian = torch.func.hessian(value)(w[0])
+        assert bool(torch.isfinite(hessian).all())
+    penalty().backward()
+    assert set(penalty.sigmas) == {"weight"}
+    torch.func.vmap(value)(w)  # from the v of before
+    assert float(penalty()) == pytest.approx(float(expected[0]), rel=1e-4)
+
+
+def test_a_replaced_parameter_of_another_width_is_followed():
+    net = nn.Sequential(nn.Embedding(10, 6), nn.Linear(6, 3))
+    penalty = gti.SpectralPenalty(net)
+    penalty()
+    for shape in ((12, 6), (12, 8)):
+        net[0].weight = nn.Parameter(torch.randn(shape))
+        penalty()
+        sigma = torch.linalg.svdvals(net[0].weight.detach())[0]
+        torch.testing.assert_close(penalty.sigmas["0.weight"], sigma, rtol=1e-4, atol=0)
+
+
+def test_zero_between_calls_is_what_a_value_would_be():
+    net = nn.Linear(4, 3)
+    penalty = gti.SpectralPenalty(net, every=2)
+    penalty()
+    net.double()
+    zero = penalty()
+    assert zero == 0 and zero.dtype == penalty().dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    "change", [{"calls": "x"}, {"calls": -1}, {"calls": True}, {"v": {"weight": 3}}]
+)
+def test_a_state_of_other_types_is_refused_and_nothing_changes(change):
+    penalty = gti.SpectralPenalty(nn.Linear(4, 3))
+    penalty()
+    before = penalty.state_dict()
+    with pytest.raises(TypeError, match="SpectralPenalty: state_dict must have an integer"):
+        penalty.load_state_dict({**before, "calls": 7, **change})
+    assert penalty.calls == before["calls"]
+    penalty()
+
+
+def test_what_cannot_be_penalised_is_refused_at_once():
+    net = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 2))
+    with pytest.raises(ValueError, match=r"0\.weight must have a shape.*forward"):
+        gti.SpectralPenalty(net)
+    assert set(gti.SpectralPenalty(net, layers="1")._places) == {"1.weight"}
+    net(torch.ones(1, 3))
+    assert set(gti.SpectralPenalty(net)._places) == {"0.weight", "1.weight"}
+    codes = nn.Parameter(torch.ones(3, 3, dtype=torch.int8), requires_grad=False)
+    net[1].register_parameter("codes", codes)
+    with pytest.raises(TypeError, match=r"1\.codes must have dtype.*layers"):
+        gti.SpectralPenalty(net)
+    gti.SpectralPenalty(net, layers=["0", "1.weight"])()

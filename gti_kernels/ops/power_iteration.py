@@ -73,9 +73,10 @@ def power_iteration(
     Returns:
         SingularTriples. Vectors are fp32 (fp64 for fp64 weights), sigma, residual and upper too
         (fp64 if any weight is). σ = ‖Wv‖ never exceeds the true σ₁ beyond rounding; its error is
-        second order in the residual, that of u and v first order. W = 0 gives σ = 0 with unit
-        vectors. NaN or Inf in a matrix gives NaN and converged False for it alone. Slow convergence
-        does not raise.
+        second order in the residual, that of u and v first order. In fp64 a σ below some 1e-8 σ₁ is
+        rounding (its square is below that of WᵀW): such ones may not descend, nor have W v = σ u.
+        W = 0 gives σ = 0 with unit vectors. NaN or Inf in a matrix gives NaN and converged False
+        for it alone. Slow convergence does not raise.
 
     Raises:
         TypeError, ValueError: the argument, what was expected, what came. RuntimeError: transformed
@@ -136,8 +137,9 @@ def top_singular_values(
     dense fp64 system of the smaller side of each matrix, and is huge, infinite or NaN where σ is
     zero or not simple. For it, weights that require grad are kept for backward and must not be
     written before it. Works with backward, torch.func.grad, vmap and jvp (but not jvp of jvp), and
-    under torch.compile(fullgraph=True). Transforms of torch.func inside a compiled function are
-    left to eager mode, so not with fullgraph.
+    under torch.compile(fullgraph=True), there for first derivatives: a second one of a compiled
+    function torch refuses, but backend="eager" gives it without that of u and v, wrong. Transforms
+    of torch.func inside a compiled function are left to eager mode, so not with fullgraph.
 
     >>> import torch, gti_kernels as gti
     >>> W = torch.diag(torch.tensor([3.0, 1.0])).requires_grad_()
@@ -188,7 +190,9 @@ def _check_settings(k: int, method: str, max_steps: int, tol: float, seed: int) 
             f"power_iteration: max_steps must be an integer >= 1 and < 2**63, got {max_steps!r}"
         )
     if not (isinstance(tol, (int, float)) and 0 <= tol < math.inf):
-        raise ValueError(f"power_iteration: tol must be finite and at least 0, got {tol!r}")
+        raise ValueError(
+            f"power_iteration: tol must be an int or float, finite and at least 0, got {tol!r}"
+        )
     if not isinstance(seed, int):
         raise TypeError(f"power_iteration: seed must be an integer, got {seed!r}")
 
@@ -283,11 +287,11 @@ def note(
     tol: float = 1e-4,
     start: SingularTriples | None = None,
     seed: int = 0,
-    **_: Any,
 ) -> str:
     """Where a call starts from, for `explain`."""
     _check_settings(k, method, max_steps, tol, seed)
     ws, batched = _weight_list(weights)
+    _starts(start, ws, batched, k)
     sizes = [(w.dtype.itemsize, *_sizes(w, batched)) for w in ws]
     count, others = sum(b for _, b, *_ in sizes), "at random"
     if start is not None:
@@ -468,8 +472,9 @@ class _SigmaForward(_Sigma):
         sigmas, us, vs = [], [], []
         for i, (w, t) in enumerate(zip(moved[:count], tensors)):
             b, m, n = _sizes(t, batched) if in_dims[1 + i] is None else _sizes(w[0], batched)
-            start = [x.reshape(size * b, n, k) for x in moved[count:][i : i + 1]]
+            starts = [x.reshape(size * b, n, k) for x in moved[count:][i : i + 1]]
             one = (True, k, *rest, 1)
+            start = [x.contiguous() for x in starts]
             sigma, u, v = _SigmaForward.apply(one, w.reshape(size * b, m, n), *start)
             sigmas.append(sigma.reshape(size, b, k))
             us.append(u.reshape(size, b, m, k) if batched else u)
