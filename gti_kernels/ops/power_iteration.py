@@ -191,7 +191,7 @@ def _check_settings(k: int, method: str, max_steps: int, tol: float, seed: int) 
         )
     if not (isinstance(tol, (int, float)) and 0 <= tol < math.inf):
         raise ValueError(
-            f"power_iteration: tol must be an int or float, finite and at least 0, got {tol!r}"
+            f"power_iteration: tol must be finite and at least 0, an int or a float, got {tol!r}"
         )
     if not isinstance(seed, int):
         raise TypeError(f"power_iteration: seed must be an integer, got {seed!r}")
