@@ -879,3 +879,19 @@ def test_the_default_device_does_not_matter_to_ops_and_probes():
     with torch.device("meta"):
         got = list(results())
     assert got == list(results())
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda w: w / gti.power_iteration(w).sigma,
+        lambda w: gti.two_form(w, w.flip(0)).omega,
+        lambda w: gti.gram(w).matrix,
+        lambda w: gti.kinetic_energy([w]),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_trace_computes_anew(call):
+    w = numbers(4, 3)
+    traced = torch.jit.trace(call, w, check_trace=False)
+    torch.testing.assert_close(traced(2 * w), call(2 * w), rtol=1e-10, atol=0)

@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 
 _is_compiling = torch.compiler.is_compiling
 _modes = torch._C._len_torch_dispatch_stack
+_tracing_state = torch._C._get_tracing_state  # of torch.jit.trace
 _transforms_active = torch._C._are_functorch_transforms_active
 _transform_level = torch._C._functorch.maybe_current_level
 
@@ -37,6 +38,7 @@ def is_plain_eager() -> bool:
     return not (
         _is_compiling()
         or _modes()
+        or _tracing_state() is not None
         or _transform_level() is not None
         or forward_ad._current_level >= 0
     )
