@@ -14,26 +14,29 @@ namespace {
 // None where an argument is not what the kernel takes.
 py::object run(py::handle a, py::handle b, py::handle weight, bool recording, int threads) {
   std::vector<View> as, bs, ws;
-  if (!views_of(a, as, recording) || as.empty() || as[0].ndim < 2) return py::none();
+  if (!views_of(a, as, recording) || as.empty()) return py::none();
+  const bool list = PyList_Check(a.ptr());
+  const int32_t least = list ? 1 : 2;  // axes: [m] of a 0-d parameter, in a list
+  if (as[0].ndim < least) return py::none();
   if (!b.is_none() && (!views_of(b, bs, recording) || bs.size() != as.size())) return py::none();
   if (!weight.is_none() && (!views_of(weight, ws, recording) || ws.size() != as.size()))
     return py::none();
-  const bool batched = !PyList_Check(a.ptr()) && as[0].ndim > 2;
+  const bool batched = !list && as[0].ndim > 2;
   if (batched && as[0].ndim > 3) return py::none();
   const int64_t batch = batched ? as[0].shape[0] : 1, m = as[0].shape[batched];
-  int64_t l = m, coordinates = 0;
+  int64_t l = m;
   if (!bs.empty()) {
     if (bs[0].ndim != as[0].ndim) return py::none();
     l = bs[0].shape[batched];
   }
   if (batch == 0 || m == 0 || l == 0) return py::none();
-  std::vector<GramItem> items(as.size());
+  std::vector<GramItem> items;  // none without coordinates: its addresses may be null
   for (size_t i = 0; i < as.size(); ++i) {
     const View& x = as[i];
     const int32_t first = batched + 1;  // axis of the coordinates
-    if (x.ndim < 2 || x.shape[batched] != m || !is_contiguous(x)) return py::none();
+    if (x.ndim < least || x.shape[batched] != m || !is_contiguous(x)) return py::none();
     const int64_t count = x.count / (batch * m);
-    items[i] = {x.dtype, count, x.data, nullptr, DType::f64, nullptr};
+    GramItem item{x.dtype, count, x.data, nullptr, DType::f64, nullptr};
     const auto same_coordinates = [&](const View& y, int32_t from) {
       if (y.ndim - from != x.ndim - first || !is_contiguous(y)) return false;
       return std::equal(x.shape + first, x.shape + x.ndim, y.shape + from);
@@ -43,16 +46,16 @@ py::object run(py::handle a, py::handle b, py::handle weight, bool recording, in
       if (y.dtype != x.dtype || !same_coordinates(y, first) || y.shape[batched] != l ||
           (batched && y.shape[0] != batch))
         return py::none();
-      items[i].b = y.data;
+      item.b = y.data;
     }
     if (!ws.empty()) {
       if (!same_coordinates(ws[i], 0)) return py::none();
-      items[i].weight_dtype = ws[i].dtype;
-      items[i].weight = ws[i].data;
+      item.weight_dtype = ws[i].dtype;
+      item.weight = ws[i].data;
     }
-    coordinates += count;
+    if (count > 0) items.push_back(item);
   }
-  if (coordinates == 0) return py::none();
+  if (items.empty()) return py::none();
   double *matrix, *bound;
   const std::vector<int64_t> shape =
       batched ? std::vector<int64_t>{batch, m, l} : std::vector<int64_t>{m, l};

@@ -36,22 +36,23 @@ struct TwoFormResult : KernelResult {
 py::object run(py::handle dq, py::handle dp, bool metric, bool recording, int threads) {
   std::vector<View> qs, ps;
   if (!views_of(dq, qs, recording) || !views_of(dp, ps, recording) || qs.size() != ps.size() ||
-      qs.empty() || qs[0].ndim < 2)
+      qs.empty())
     return py::none();
-  const bool batched = !PyList_Check(dq.ptr()) && qs[0].ndim > 2;
+  const bool list = PyList_Check(dq.ptr());
+  const int32_t least = list ? 1 : 2;  // axes: [m] of a 0-d parameter, in a list
+  if (qs[0].ndim < least) return py::none();
+  const bool batched = !list && qs[0].ndim > 2;
   if (batched && qs[0].ndim > 3) return py::none();
   const int64_t batch = batched ? qs[0].shape[0] : 1, m = qs[0].shape[batched];
-  std::vector<TwoFormItem> items(qs.size());
-  int64_t coordinates = 0;
+  std::vector<TwoFormItem> items;
   for (size_t i = 0; i < qs.size(); ++i) {
     const View &q = qs[i], &p = ps[i];
-    if (q.ndim < 2 || q.shape[batched] != m || m == 0 || batch == 0 || !is_contiguous(q) ||
+    if (q.ndim < least || q.shape[batched] != m || m == 0 || batch == 0 || !is_contiguous(q) ||
         !is_contiguous(p) || !same_layout(q, p))
       return py::none();
-    items[i] = {q.dtype, q.count / (batch * m), q.data, p.data};
-    coordinates += items[i].count;
+    if (q.count > 0) items.push_back({q.dtype, q.count / (batch * m), q.data, p.data});
   }
-  if (coordinates == 0) return py::none();
+  if (items.empty()) return py::none();
   std::vector<int64_t> shape{m, m};
   if (batched) shape.insert(shape.begin(), batch);
   auto result = std::make_unique<TwoFormResult>(std::move(shape), metric, batch * m * m);

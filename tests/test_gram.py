@@ -126,7 +126,34 @@ def test_a_nan_spoils_its_row_or_column_alone(dtype, backend):
         assert torch.equal(x[~nan], before[~nan])
 
 
-def test_the_bound_does_not_vanish_with_the_squares():
+@every_backend
+def test_a_tensor_without_coordinates_changes_nothing_wherever_it_stands(backend):
+    a, b, w = integers(3, 7), integers(9, 7, seed=1), numbers(7).abs()
+    for lists in ((a,), (a, b), (a, None, w), (a, b, w)):
+        expected = gti.gram(*lists, backend=backend)
+        for at in (0, 1):
+            got = [None if x is None else [x] for x in lists]
+            for x, empty in zip(got, (torch.empty(3, 0), torch.empty(9, 0), torch.empty(0))):
+                if x is not None:
+                    x.insert(at, empty.double())
+            got = gti.gram(*got, backend=backend)
+            assert torch.equal(got.matrix, expected.matrix)
+            assert torch.equal(got.error_bound, expected.error_bound)
+
+
+@every_backend
+def test_scalars_in_a_list_are_one_coordinate(backend):
+    a, b, w = integers(3, 7), integers(2, 7, seed=1), numbers(7)
+    parts = [[x[:, 0], x[:, 1:]] for x in (a, b)]
+    got = gti.gram(*parts, [w[0], w[1:]], backend=backend)
+    expected = gti.gram(a, b, w, backend=backend)
+    torch.testing.assert_close(got.matrix, expected.matrix, rtol=1e-15, atol=1e-15)
+    with pytest.raises(ValueError, match=r"gram: a\[0\] must be .*a\[None\]"):
+        gti.gram(torch.ones(3), backend=backend)
+
+
+@every_backend
+def test_the_bound_does_not_vanish_with_the_squares(backend):
     """Entries whose squares underflow beside large ones, and products that cancel."""
     wrong = 0
     for seed in range(40):
@@ -134,7 +161,7 @@ def test_the_bound_does_not_vanish_with_the_squares():
         order = numbers(800, seed=seed).argsort()
         a = (torch.cat([x, y]) * 2.0**-565)[order]
         b = (torch.cat([y, -x]) * 2.0**40)[order]
-        got = gti.gram(a[None], b[None], backend="cpu")
+        got = gti.gram(a[None], b[None], backend=backend)
         error = abs(Fraction(float(got.matrix)))  # of zero
         wrong += error > 0
         assert error <= Fraction(float(got.error_bound))

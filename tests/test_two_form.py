@@ -399,3 +399,38 @@ def test_whole_panels_and_shared_ones_agree(m, dtype):
     parts = gti.two_form(list(dq.split(50, dim=1)), list(dp.split(50, dim=1)), backend="cpu")
     assert torch.equal(whole.omega, parts.omega)
     torch.testing.assert_close(whole.error_bound, parts.error_bound, rtol=1e-12, atol=0.0)
+
+
+# ---- what has hardly any coordinates, or any size ------------------------------------------------
+
+
+@every_backend
+def test_a_tensor_without_coordinates_changes_nothing_wherever_it_stands(backend):
+    dq, dp = numbers(4, 9), numbers(4, 9, seed=1)
+    expected = gti.two_form(dq, dp, metric=True, backend=backend)
+    empty = torch.empty(4, 0, dtype=dq.dtype)
+    for q, p in (([empty, dq], [empty, dp]), ([dq, empty], [dp, empty])):
+        got = gti.two_form(q, p, metric=True, backend=backend)
+        for x, y in zip(got, expected):
+            assert torch.equal(x, y)
+
+
+@every_backend
+def test_scalars_in_a_list_are_one_coordinate(backend):
+    dq, dp = numbers(4, 9), numbers(4, 9, seed=1)
+    lists = [[x[:, 0], x[:, 1:3], x[:, 3:].reshape(4, 2, 3)] for x in (dq, dp)]
+    got = gti.two_form(*lists, metric=True, backend=backend)
+    expected = gti.two_form(dq, dp, metric=True, backend=backend)
+    torch.testing.assert_close(got.omega, expected.omega, rtol=1e-15, atol=1e-15)
+    torch.testing.assert_close(got.metric, expected.metric, rtol=1e-15, atol=1e-15)
+    with pytest.raises(ValueError, match=r"two_form: dq\[0\] must be .*dq\[None\]"):
+        gti.two_form(torch.ones(3), torch.ones(3), backend=backend)
+
+
+@every_backend
+def test_the_bound_of_what_underflows(backend):
+    q, p = torch.zeros(2, 2, 1, dtype=torch.float64)
+    q[0] = p[1] = 1e-200
+    got = gti.two_form(q, p, backend=backend)
+    exact = Fraction(1e-200) ** 2
+    assert abs(exact - Fraction(float(got.omega[0, 1]))) <= Fraction(float(got.error_bound[0, 1]))

@@ -12,7 +12,7 @@ from .. import backends
 from ..reference import gram as reference
 from .arguments import check_float_tensors, subclasses, tensor_list
 from .library import is_plain_eager, refuse_derivative, register
-from .two_form import check_rows, is_batch
+from .two_form import as_rows, check_rows, is_batch
 
 Tensors = Tensor | Sequence[Tensor]
 
@@ -60,7 +60,7 @@ def gram(
         return Gram(*out)
     lists = tensor_list(a), [] if b is None else tensor_list(b), _weights(weight)
     refuse_derivative("gram", [t for tensors in lists for t in tensors], "Pass detached vectors")
-    arguments = (*lists, b is None, weight is not None, is_batch(a), backend)
+    arguments = (*lists, b is None, weight is not None, is_batch("gram", "a", a), backend)
     if is_plain_eager():
         return Gram(*_gram(*arguments))
     return Gram(*torch.ops.gti_kernels.gram(*arguments))
@@ -89,9 +89,7 @@ def _gram(
 ) -> tuple[Tensor, Tensor]:
     device, limits = _limits(a, b, weight, symmetric, weighted, batched)
     chosen = backends.choose("gram", device, backend, limits)
-    axis = 2 if batched else 1
-    x = [t.flatten(axis).contiguous().resolve_neg() for t in a]
-    y = None if symmetric else [t.flatten(axis).contiguous().resolve_neg() for t in b]
+    x, y = as_rows(a, batched), None if symmetric else as_rows(b, batched)
     w = [t.flatten().contiguous().resolve_neg() for t in weight] if weighted else None
     if chosen == "cpu":
         lists = [z[0] if batched and z else z for z in (x, y, w)]
@@ -121,7 +119,12 @@ def limits_of_gram(
     """Checks the arguments; the device, and backend → why it cannot take these tensors."""
     right = [] if b is None else tensor_list(b)
     return _limits(
-        tensor_list(a), right, _weights(weight), b is None, weight is not None, is_batch(a)
+        tensor_list(a),
+        right,
+        _weights(weight),
+        b is None,
+        weight is not None,
+        is_batch("gram", "a", a),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -65,7 +66,7 @@ def two_form(
         out = compiled.two_form(dq, dp, metric, is_grad_enabled(), get_num_threads())
         if out is not None:  # else an argument is not what the kernel takes
             return TwoForm.from_kernel(*out)
-    dqs, dps, batched = tensor_list(dq), tensor_list(dp), is_batch(dq)
+    dqs, dps, batched = tensor_list(dq), tensor_list(dp), is_batch("two_form", "dq", dq)
     refuse_derivative("two_form", [*dqs, *dps], "Pass detached tangents")
     if is_plain_eager():
         omega, bound, gram = _two_form(dqs, dps, metric, batched, backend)
@@ -74,8 +75,13 @@ def two_form(
     return TwoForm(omega, bound, gram if metric else None)
 
 
-def is_batch(x: Any) -> bool:
+def is_batch(op: str, name: str, x: Any) -> bool:
     """Whether x is to be [B, m, N]: a tensor, not a list of them, with more than two axes."""
+    if isinstance(x, Tensor) and x.ndim < 2:
+        raise ValueError(
+            f"{op}: {name}[0] must be [m, N], [B, m, N] or a list, got one tensor of shape "
+            f"{tuple(x.shape)}. Of one vector pass {name}[None]"
+        )
     return isinstance(x, Tensor) and x.ndim > 2
 
 
@@ -84,9 +90,7 @@ def _two_form(
 ) -> tuple[Tensor, Tensor, Tensor]:
     device, limits = _limits(dq, dp, batched)
     chosen = backends.choose("two_form", device, backend, limits)
-    axis = 2 if batched else 1
-    q = [t.flatten(axis).contiguous().resolve_neg() for t in dq]
-    p = [t.flatten(axis).contiguous().resolve_neg() for t in dp]
+    q, p = as_rows(dq, batched), as_rows(dp, batched)
     if chosen == "cpu":
         assert backends.compiled is not None
         qp = (q[0], p[0]) if batched else (q, p)
@@ -114,7 +118,7 @@ def limits_of_two_form(
     dq: Tensor | Sequence[Tensor], dp: Tensor | Sequence[Tensor], *, metric: bool = False
 ) -> tuple[torch.device, dict[str, str]]:
     """Checks the arguments; the device, and backend → why it cannot take these tensors."""
-    return _limits(tensor_list(dq), tensor_list(dp), is_batch(dq))
+    return _limits(tensor_list(dq), tensor_list(dp), is_batch("two_form", "dq", dq))
 
 
 def _limits(
@@ -133,7 +137,7 @@ def check_rows(op: str, name: str, tensors: Sequence[Tensor], batched: bool) -> 
     axis = 1 if batched else 0
     m = tensors[0].shape[axis] if tensors[0].ndim > axis else 0
     for i, t in enumerate(tensors):
-        axes = t.ndim == 3 and len(t) > 0 if batched else t.ndim >= 2
+        axes = t.ndim == 3 and len(t) > 0 if batched else t.ndim >= 1
         if not axes or t.shape[axis] != m or m == 0:
             wanted = "[B, m, N] with B, m >= 1" if batched else "[m, *shape] with the same m >= 1"
             raise ValueError(
@@ -144,6 +148,17 @@ def check_rows(op: str, name: str, tensors: Sequence[Tensor], batched: bool) -> 
         raise ValueError(
             f"{op}: {name} must have at least one coordinate, got {tuple(tensors[0].shape)}"
         )
+
+
+def as_rows(tensors: Sequence[Tensor], batched: bool) -> list[Tensor]:
+    """Each as [m, N_t] or [B, m, N_t], for the kernels."""
+    shapes = [
+        (t.shape[:2], t.shape[2:]) if batched else (t.shape[:1], t.shape[1:]) for t in tensors
+    ]
+    return [
+        t.reshape(*lead, math.prod(rest)).contiguous().resolve_neg()
+        for t, (lead, rest) in zip(tensors, shapes)
+    ]
 
 
 def _fake(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: fp64 unit roundoff
-UNIT = 2.0**-53
+UNIT = 2.0**-53  #: fp64 unit roundoff
+TINY = 2.0**-1074  #: the smallest fp64 number: what underflows loses less than that
 
 
 def two_form(
@@ -17,7 +17,7 @@ def two_form(
 
     dq, dp: lists of [m, N_t] or of [B, m, N_t], any float dtype. Returns Ω [m, m], bound [m, m],
     S [m, m] or None, each with B in front where the inputs have it, all fp64. Only i < j is summed;
-    Ω_ji = −Ω_ij and Ω_ii = 0 hold to the bit.
+    Ω_ji = −Ω_ij and Ω_ii = 0 hold to the bit. An entry beyond 2⁹⁹⁶ gives NaN.
     """
     q = torch.cat([t.double() for t in dq], dim=-1)
     p = torch.cat([t.double() for t in dp], dim=-1)
@@ -36,11 +36,10 @@ def two_form(
     # Σ|q_i p_j| + |p_i q_j| ≤ ‖z_i‖‖z_j‖; a tree of depth d leaves (d·u)² of it, and u of the
     # result for the last rounding.
     squares = gram.diagonal(dim1=-2, dim2=-1)
-    norm = squares.sqrt()
+    norm = (squares + 16 * n * TINY).sqrt()
     depth = max(1, (2 * n).bit_length() + 2)
-    tiny = torch.finfo(torch.float64).smallest_normal * UNIT  # products below it vanish
     bound = UNIT * omega.abs() + 4 * (depth * UNIT) ** 2 * norm[..., :, None] * norm[..., None, :]
-    bound += 8 * n * tiny
+    bound += 16 * n * TINY
     # 0 · NaN: a vector with a NaN has no zero on the diagonal either.
     omega += torch.diag_embed(torch.where(squares.isnan(), squares, 0.0))
     bound.diagonal(dim1=-2, dim2=-1).copy_(omega.diagonal(dim1=-2, dim2=-1))
