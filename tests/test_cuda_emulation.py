@@ -669,3 +669,21 @@ def test_the_emulation_finds_shared_memory_of_a_block_that_has_ended(emulated):
     emulated("cluster", -1, text)
     with pytest.raises(RuntimeError, match="a block that has ended"):
         run([normal(40, 30)], max_steps=2)
+
+
+@pytest.mark.parametrize("method", ["cg", "power"])
+@pytest.mark.parametrize("kind", ["block", "grid"])
+def test_what_is_left_of_a_residual_may_be_subnormal(emulated, kind, method):
+    """Small integers, known to the last bit after a few steps: see the test of the CPU kernels."""
+    emulated(kind)
+    one, corner, ones = torch.zeros(9, 8), torch.zeros(12, 9), torch.ones(7, 8)
+    one[3, 5], corner[:4, :4] = 1.0, torch.eye(4)
+    pair = torch.tensor([[1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    for k, ws in ((1, [pair, torch.diag(torch.tensor([1.0, 1e-22]))]), (6, [one, corner, ones])):
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            r = run([w.to(dtype) for w in ws], k=k, tol=0.0, max_steps=40, method=method)
+            for i, w in enumerate(ws):
+                for x in (r.sigma[i], r.residual[i], r.u[i], r.v[i]):
+                    assert bool(torch.isfinite(x).all())
+                true = torch.linalg.svdvals(w.to(dtype).double())
+                torch.testing.assert_close(r.sigma[i, 0].double(), true[0], rtol=1e-5, atol=0)

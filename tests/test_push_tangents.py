@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from probe_systems import cnn_system, quadratic_system, reference_step, value
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
+from torch.utils.checkpoint import checkpoint
 
 import gti_kernels as gti
 from gti_kernels.probes import push_tangents as module
 from gti_kernels.probes.hamiltonian_system import HamiltonianSystem, State
-from gti_kernels.probes.tangent_map import Differentiator, force, push_step
+from gti_kernels.probes.tangent_map import Differentiator, chunk_of, force, push_step
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -410,3 +412,194 @@ def test_arguments_and_model_are_left_as_they_were(method):
 def test_bad_arguments(dq, dp, options, error, words):
     with pytest.raises(error, match=words):
         gti.push_tangents(quadratic_system(), dq, dp, **{"dt": 0.1, "steps": 1, **options})
+
+
+# ---- models that are not made for it -------------------------------------------------------------
+
+
+def assert_tangents(system: HamiltonianSystem, tolerance: float = 1e-8) -> None:
+    """Those of central differences, for any chunk; and ε_Ω is that of a symplectic map."""
+    pairs = gti.darboux_pairs(system, 2)
+    got = gti.push_tangents(system, *pairs, 0.1, 2)
+    for other in (
+        gti.push_tangents(system, *pairs, 0.1, 2, chunk=1),
+        gti.push_tangents(system, *pairs, 0.1, 2, "fd"),
+    ):
+        for x, y in zip(got.dq + got.dp, other.dq + other.dp, strict=True):
+            torch.testing.assert_close(x, y, rtol=tolerance, atol=tolerance)
+    assert gti.omega_invariance(system, 0.1, 2, pairs=2).epsilon < 1e-11
+
+
+def data(*shape: int, count: int = 2) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(shape, generator=generator), torch.randn(shape[0], 2, generator=generator))
+        for _ in range(count)
+    ]
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, how: bool):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.how = nn.Linear(3, 4), nn.Linear(4, 2), how
+
+    def forward(self, x):
+        def inner(x):
+            return torch.tanh(self.a(x))
+
+        return self.b(checkpoint(inner, x, use_reentrant=False) if self.how else inner(x))
+
+
+@pytest.mark.filterwarnings("ignore:tangents by two backward passes")
+def test_checkpoints_recompute_at_the_positions_of_the_walk():
+    ends = []
+    for how in (False, True):
+        system = HamiltonianSystem(Checkpointed(how), F.mse_loss, data(6, 3))
+        with system.session():
+            z = system.start()
+            for t in range(5):
+                system.step(z, t, 0.3)
+        ends.append(torch.cat([x.flatten() for x in z.q]))
+        assert_tangents(system)
+    assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda o, y: F.mse_loss(o, y[0]),
+        lambda o, y: F.mse_loss(o, torch.zeros_like(o)),
+        lambda o, y: nn.MSELoss()(o, target=y[0].to(o.dtype)),
+        lambda o, y: F.mse_loss(o, y[0], reduction="sum"),
+    ],
+)
+def test_mean_squares_of_targets_of_any_kind(loss):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    system = HamiltonianSystem(model, loss, [(x, (y,)) for x, y in data(6, 3)])
+    assert_tangents(system)
+    gti.darboux_pairs(system, 1, "hessian")
+
+
+class Scaled(nn.Module):
+    """With a scalar and an empty parameter."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.nothing, self.scale = nn.Parameter(torch.zeros(0, 3)), nn.Parameter(torch.tensor(1.5))
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.layer(x) * self.scale
+
+
+def test_scalar_and_empty_parameters():
+    system = HamiltonianSystem(Scaled(), F.mse_loss, data(6, 3))
+    assert_tangents(system)
+    for subspace in ("random", "gradient", "hessian"):
+        dq, dp = gti.darboux_pairs(system, 2, subspace)
+        assert [x.shape for x in dq] == [(4, *q.shape) for q in system.q]
+        pushed = gti.push_tangents(system, dq, dp, 0.1, 2)
+        volume = gti.volume_change((dq, dp), (pushed.dq, pushed.dp))
+        assert abs(float(volume)) < 1
+    gti.certify(system.model, F.mse_loss, data(6, 3), dts=(0.01, 0.02))
+
+
+class Packed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.recurrent, self.head = nn.LSTM(3, 4, batch_first=True), nn.Linear(4, 2)
+
+    def forward(self, x):
+        packed = pack_padded_sequence(x, [5, 4, 3, 2, 2, 1], batch_first=True)
+        return self.head(self.recurrent(packed)[1][0][0])
+
+
+class Counting(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+        self.register_buffer("n", torch.zeros(()))
+
+    def forward(self, x):
+        self.n += 1
+        return self.b(torch.tanh(self.a(x) * (1 + 0.1 * self.n)))
+
+
+class Sparse(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(3, 2)
+        self.register_buffer("mix", torch.eye(6).to_sparse())
+
+    def forward(self, x):
+        return torch.tanh(torch.sparse.mm(self.mix.to(x.dtype), self.layer(x)))
+
+
+class Field(nn.Module):
+    """The derivative of a network by its input."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
+
+    def forward(self, x):
+        return torch.vmap(torch.func.grad(lambda row: self.net(row).sum()))(x)[:, :2]
+
+
+def channels_last() -> nn.Module:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.Tanh(), nn.Flatten()]
+    return nn.Sequential(*layers, nn.Linear(64, 2)).to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (Packed, (6, 5, 3)),
+        (Counting, (6, 3)),
+        (Sparse, (6, 3)),
+        (Field, (6, 3)),
+        (channels_last, (6, 3, 4, 4)),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:tangents by two backward passes")
+@pytest.mark.filterwarnings("ignore:.*sparse")
+def test_models_that_torch_func_does_not_take(make, shape):
+    batches = data(*shape)
+    if make is channels_last:
+        batches = [(x.contiguous(memory_format=torch.channels_last), y) for x, y in batches]
+    assert_tangents(HamiltonianSystem(make(), F.mse_loss, batches))
+
+
+def test_an_error_of_the_model_stays_what_it_is():
+    model = nn.Sequential(nn.Linear(3, 2), nn.Unflatten(1, (3, 3)))
+    system = HamiltonianSystem(model, F.mse_loss, data(6, 3))
+    dq, dp = (torch.ones(1, system.size, dtype=torch.float64) for _ in range(2))
+    with pytest.raises(RuntimeError, match="unflatten") as raised:
+        gti.push_tangents(system, dq, dp, 0.1, 1)
+    assert "differentiated" not in str(raised.value)
+
+
+def test_the_chunk_counts_what_attention_keeps_on_the_way():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q = nn.Linear(8, 8)
+
+        def forward(self, x):
+            h = self.q(x)
+            return F.scaled_dot_product_attention(h, h, x)
+
+    x = torch.randn(2, 512, 8)
+    system = HamiltonianSystem(Attention(), F.mse_loss, [(x, x)])
+    with system.session():
+        chunk = chunk_of(system, system.start(torch.float64), 2**26)
+    scores = 2 * 512 * 512 * 8  # bytes of one matrix of attention
+    assert 1 <= chunk <= 2**26 / scores

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from .live_state import preserved_random_state, preserved_training_flags, seed_g
 from .torch_functions import PlainFunctions
 
 REGIMES = ("batch", "running", "frozen")
+R = TypeVar("R")
 
 
 @dataclass
@@ -174,6 +175,18 @@ class HamiltonianSystem:
         """The model's live buffers by name."""
         return dict(self.model.named_buffers())
 
+    def unflattened(self, rows: Tensor) -> list[Tensor]:
+        """[m, N] as [m, *shape] for each trainable parameter."""
+        parts = rows.split([q.numel() for q in self.q], dim=1)
+        return [
+            x.reshape(len(x), *q.shape).contiguous() for x, q in zip(parts, self.q, strict=True)
+        ]
+
+    def flattened(self, tensors: Sequence[Tensor]) -> Tensor:
+        """[m, *shape] for each trainable parameter as [m, N]."""
+        parts = [x.reshape(len(x), q.numel()) for x, q in zip(tensors, self.q, strict=True)]
+        return torch.cat(parts, dim=1)
+
     @contextmanager
     def session(self) -> Iterator[None]:
         """The model is set up for steps; flags and random state return at the end of the block."""
@@ -272,13 +285,24 @@ class HamiltonianSystem:
 
     def gradient(self, state: State, t: int) -> list[Tensor]:
         """∇L_t(q), L tensors like q. In the regime "batch" it also updates b, as torch does."""
-        with self.clock("gradients"), torch.enable_grad():
-            q = [x.detach().requires_grad_() for x in state.q]
+
+        def gradients(q: list[Tensor]) -> list[Tensor]:
             grads = torch.autograd.grad(self.loss(q, state.b, t), q, allow_unused=True)
             return [
                 torch.zeros_like(x) if g is None else laid_out_like(x, g)
                 for x, g in zip(state.q, grads, strict=True)
             ]
+
+        with self.clock("gradients"), torch.enable_grad():
+            return self.held(state, gradients)
+
+    def held(self, state: State, run: Callable[[list[Tensor]], R]) -> R:
+        """run(q), q leaves of a graph with the values of state.q, while the model holds them and
+        state.b: what a backward pass evaluates anew (torch.utils.checkpoint) reads these."""
+        q = [x.detach().requires_grad_() for x in state.q]
+        tensors = {**dict(zip(self.names, q, strict=True)), **state.b}
+        holder = _Holder(self.model, run)
+        return functional_call(holder, {f"model.{name}": x for name, x in tensors.items()}, (q,))
 
     def _shared_gradient(self, state: State, t: int) -> list[Tensor]:
         """The gradient, or that of the half kick before where it is the same."""
@@ -289,10 +313,11 @@ class HamiltonianSystem:
             lambda: self.gradient(state, t),
         )
 
-    def loss(self, q: Sequence[Tensor], b: dict[str, Tensor], t: int, y: Any = None) -> Tensor:
-        """L_t(q) with buffers b, 0-d, in the dtype of q; y replaces the batch's target."""
-        y = self.target(t, q[0].dtype) if y is None else y
-        value = self.loss_fn(self.output(q, b, t), y)
+    def loss(self, q: Sequence[Tensor], b: dict[str, Tensor], t: int) -> Tensor:
+        """L_t(q) with buffers b, 0-d, in the dtype of q."""
+        output, y = self.output(q, b, t), self.target(t, q[0].dtype)
+        with PlainFunctions():
+            value = self.loss_fn(output, y)
         if not isinstance(value, Tensor) or value.ndim != 0:
             got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise ValueError(
@@ -356,6 +381,14 @@ class HamiltonianSystem:
             # The layout of q, so that the kernels can walk through both as flat memory.
             momenta.append(_own(q, None).copy_(math.sqrt(self.temperature / w) * noise))
         return momenta
+
+
+class _Holder(nn.Module):
+    """A module around the model whose forward pass is run(q)."""
+
+    def __init__(self, model: nn.Module, run: Callable[[list[Tensor]], Any]) -> None:
+        super().__init__()
+        self.model, self.forward = model, run
 
 
 def cast(x: Any, dtype: torch.dtype) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -44,3 +44,16 @@ def seed_generators(device: torch.device, seed: int) -> None:
     if device.type == "cuda":
         index = device.index if device.index is not None else torch.cuda.current_device()
         torch.cuda.default_generators[index].manual_seed(seed)
+
+
+def kept_buffers(b: dict[str, Tensor]) -> Callable[[], None]:
+    """A function that gives back the values of now to those of `b` that were written since."""
+    kept = [(x, x._version, x.clone()) for x in b.values() if not isinstance(x, nn.Parameter)]
+
+    def restore() -> None:
+        with torch.no_grad(), torch._C._DisableFuncTorch():
+            for x, version, value in kept:
+                if x._version != version:
+                    x.copy_(value)
+
+    return restore

@@ -159,8 +159,7 @@ def _tangents(system: HamiltonianSystem, name: str, x: Tensor | Sequence[Tensor]
             raise ValueError(
                 f"{name}: expected [m, N] with m >= 1 and N = {system.size}, got {tuple(x.shape)}"
             )
-        x = x.split([q.numel() for q in system.q], dim=1)
-        x = [t.reshape(-1, *q.shape) for t, q in zip(x, system.q, strict=True)]
+        x = system.unflattened(x)
     if len(x) != len(system.q):
         raise ValueError(
             f"{name}: expected one tensor for each of the {len(system.q)} trainable parameters, "

@@ -76,12 +76,8 @@ def directions(
 
 def split_pairs(system: HamiltonianSystem, d: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """The 2k tangents (d_i, 0), (0, d_i) as lists over parameters; d: [k, N]."""
-    dq, dp = [], []
-    for block, q in zip(d.split([q.numel() for q in system.q], dim=1), system.q, strict=True):
-        zero = torch.zeros_like(block)
-        dq.append(torch.cat([block, zero]).reshape(-1, *q.shape))
-        dp.append(torch.cat([zero, block]).reshape(-1, *q.shape))
-    return dq, dp
+    zero = torch.zeros_like(d)
+    return system.unflattened(torch.cat([d, zero])), system.unflattened(torch.cat([zero, d]))
 
 
 def _mask(system: HamiltonianSystem, layer: str | None) -> Tensor:
@@ -122,16 +118,13 @@ def _gradients(system: HamiltonianSystem, inside: Tensor, pairs: int) -> Tensor:
 
 def _eigenvectors(system: HamiltonianSystem, inside: Tensor, pairs: int, draw: int) -> Tensor:
     state = system.start(torch.float64)
-    count, sizes = int(inside.sum()), [q.numel() for q in system.q]
+    count = int(inside.sum())
 
     def product(x: Tensor) -> Tensor:
         full = x.new_zeros(x.shape[1], system.size)
         full[:, inside] = x.T
-        dq = [
-            v.reshape(-1, *q.shape) for v, q in zip(full.split(sizes, dim=1), system.q, strict=True)
-        ]
-        h = hessian_products(system, state, dq)
-        return torch.cat([v.flatten(1) for v in h], dim=1)[:, inside].T.contiguous()
+        h = hessian_products(system, state, system.unflattened(full))
+        return system.flattened(h)[:, inside].T.contiguous()
 
     triples = power_iteration_operator(
         product,

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from ..ops.leapfrog import kick_, kick_drift_
 from .batch_statistics import functional_normalization
 from .hamiltonian_system import HamiltonianSystem, State, laid_out_like
+from .live_state import kept_buffers
 
 #: Bytes that the activations of one batch of tangents may take (`chunk_of`).
 MEMORY = 2**30
@@ -24,15 +25,21 @@ MEMORY = 2**30
 _SHARES = 3
 
 #: What torch says of an op without a forward rule, and of one that torch.func does not take.
-_NO_FORWARD_RULE = ("forward AD", "forward-mode", "jvp", "setup_context", "functorch transforms")
+_NO_FORWARD_RULE = (
+    *("forward AD", "forward-mode", "jvp", "setup_context", "functorch transforms"),
+    *("torch.func", "ZeroTensor"),
+)
+#: What it says where vmap does not take the model: of a layout that only the tensor without the
+#: tangents has, and of memory that it asks for.
+_NO_VMAP = ("vmap", "view size is not compatible", "data pointer of Tensor")
 
 
 class Differentiator:
     """Differentials of functions of the parameters, `chunk` tangents at a time.
 
     Forward over reverse, vmapped, all tangents sharing one evaluation of the function itself. Where
-    the model has an op without a forward rule, two backward passes for each tangent instead: said
-    once in a warning, and in `method`.
+    torch refuses that for the model (an op without a forward rule, say), two backward passes for
+    each tangent instead: said once in a warning, and in `method`.
     """
 
     def __init__(self, chunk: int) -> None:
@@ -52,13 +59,13 @@ class Differentiator:
                 value, derivative = self._forward(f, point, part, batched=chunk > 1)
             except (RuntimeError, NotImplementedError) as error:
                 if chunk > 1 and (
-                    "vmap" in str(error) or isinstance(error, torch.OutOfMemoryError)
+                    isinstance(error, torch.OutOfMemoryError) or _says(error, _NO_VMAP)
                 ):
                     # Models that vmap does not take (as with writes into tensors of their own), or
                     # too little memory: one at a time.
                     self.chunk = chunk = 1
                     continue
-                if not any(words in str(error) for words in _NO_FORWARD_RULE):
+                if not _says(error, _NO_FORWARD_RULE + _NO_VMAP):
                     raise
                 return self._second_try(f, point, tangents, m, error)
             parts.append(derivative)
@@ -86,6 +93,8 @@ class Differentiator:
         except (RuntimeError, NotImplementedError) as second:
             if isinstance(second, torch.OutOfMemoryError):
                 raise
+            if str(second) == str(error):  # nothing of differentiation
+                raise error from None
             raise RuntimeError(
                 f"system: the model has an op that cannot be differentiated twice. Forward over "
                 f'reverse: "{_first_line(error)}"; backward twice: "{_first_line(second)}". '
@@ -147,13 +156,21 @@ def chunk_of(system: HamiltonianSystem, state: State, memory: int) -> int:
     saved: dict[int, int] = {}
 
     def count(x: Tensor) -> Tensor:
-        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        if x.layout == torch.strided:
+            saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
         return x
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
-        q = [x.detach().requires_grad_() for x in state.q]
-        with functional_normalization(system.layers if system.regime == "batch" else {}):
-            system.loss(q, state.b, 0)
+    hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda x: x)
+    layers, restore = system.layers if system.regime == "batch" else {}, kept_buffers(state.b)
+    try:
+        with torch.enable_grad(), hooks, sdpa_kernel(SDPBackend.MATH):
+            q = [x.detach().requires_grad_() for x in state.q]
+            with functional_normalization(layers):
+                system.loss(q, state.b, 0)
+    except RuntimeError:  # torch.func within the model takes no such hooks
+        return 1
+    finally:
+        restore()
     size = _SHARES * (8 * system.size + sum(saved.values()))
     return max(1, memory // max(1, size) - 1)
 
@@ -209,27 +226,26 @@ def force(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """∇L_t(q; b) and its derivative along the tangents."""
     layers = system.layers if system.regime in ("batch", "running") else {}
-    # A float target gets tangents, zeros: without any, torch.func.jvp of mse_loss's gradient fails.
-    y = system.target(t, torch.float64)
-    ys = [y] if isinstance(y, Tensor) and y.is_floating_point() else []
-    dys = [x.new_zeros(tangents.q[0].shape[:1] + x.shape) for x in ys]
+    restore = kept_buffers(state.b)
 
-    def gradient(q: list[Tensor], b: dict[str, Tensor], ys: list[Tensor]) -> list[Tensor]:
+    def gradient(q: list[Tensor], b: dict[str, Tensor]) -> list[Tensor]:
+        restore()  # one evaluation advances them, however many this takes
         running = {**state.b, **b} if system.regime == "running" else None
         with functional_normalization(layers, running):
             if torch._C._functorch.maybe_current_level() is not None:
-                return grad(system.loss)(q, state.b, t, *ys)
-            loss = system.loss(q, state.b, t, *ys)  # to be differentiated backwards
+                return grad(system.loss)(q, state.b, t)
+            loss = system.loss(q, state.b, t)  # to be differentiated backwards
             grads = torch.autograd.grad(loss, q, create_graph=True, allow_unused=True)
             return [torch.zeros_like(x) if g is None else g for x, g in zip(q, grads, strict=True)]
 
-    point = (state.q, {name: state.b[name] for name in tangents.b}, ys)
+    point = (state.q, {name: state.b[name] for name in tangents.b})
     # The math backend of attention is the one with forward derivatives.
     with system.clock("gradients"), sdpa_kernel(SDPBackend.MATH):
         before = differential.method
-        value, derivative = differential(gradient, point, (tangents.q, tangents.b, dys))
+        along = (tangents.q, tangents.b)
+        value, derivative = system.held(state, lambda _: differential(gradient, point, along))
         if differential.method != before:
-            _check_symmetry(gradient, point, differential)
+            system.held(state, lambda _: _check_symmetry(gradient, point, differential))
         return (
             [laid_out_like(q, f) for q, f in zip(state.q, value, strict=True)],
             [laid_out_like(dq, df) for dq, df in zip(tangents.q, derivative, strict=True)],
@@ -298,6 +314,10 @@ def _refuse_dead_ends(values: list[Tensor]) -> None:
         python = torch.autograd.function.BackwardCFunction
         names = sorted({type(node).__name__ for node in seen if isinstance(node, python)})
         raise RuntimeError(f"once_differentiable forbids it, in one of {', '.join(names)}")
+
+
+def _says(error: Exception, words: tuple[str, ...]) -> bool:
+    return any(x in str(error) for x in words)
 
 
 def _first_line(error: Exception) -> str:

@@ -32,13 +32,15 @@ _RANDOM = {
 
 
 class PlainFunctions(TorchFunctionMode):
-    """Inside the block a draw belongs to an entry of a tensor, and weight norm is what it says.
+    """Inside the block a draw belongs to an entry of a tensor, and what torch differentiates twice
+    without an error, but wrong or not at all, is made of plain operations.
 
     torch fills memory with random numbers in the order of addresses. Transforms (jvp, vmap) may lay
     out an activation in another order, and dropout would then take another mask: so random
     functions see contiguous tensors. (In-place dropout keeps the layout it was given.) Weight norm
-    is v·(g/‖v‖) in plain operations: torch's own, twice differentiated, gives a Hessian that is
-    not symmetric (torch 2.13), and has no forward rule.
+    is v·(g/‖v‖): torch's own, twice differentiated, gives a Hessian that is not symmetric (torch
+    2.13), and has no forward rule. The mean of mse_loss is taken after its squares: forward over
+    reverse of torch's own refuses a target that is constant.
     """
 
     def __torch_function__(
@@ -51,6 +53,8 @@ class PlainFunctions(TorchFunctionMode):
             kwargs = {name: _contiguous(x) for name, x in kwargs.items()}
         elif func is torch._weight_norm:
             return _weight_norm(*args, **kwargs)
+        elif func is F.mse_loss and kwargs.get("reduction", "mean") == "mean" and len(args) < 3:
+            return func(*args, **{**kwargs, "reduction": "none"}).mean()
         return func(*args, **kwargs)
 
 
