@@ -223,3 +223,16 @@ def test_bad_steps_touch_nothing():
         optimizer.step(lambda: q.sum(), loss=1.0)
     assert torch.equal(q.detach(), torch.ones(3))
     assert torch.equal(optimizer.phase_spaces[0].momenta[0], p)
+
+
+def test_a_state_saved_before_the_first_step_has_the_noise_of_its_seed():
+    def make(seed):
+        q = nn.Parameter(torch.ones(3, dtype=torch.float64))
+        return q, gti.optim.BAOAB([q], 0.1, seed=seed)
+
+    (q, saved), (other, loaded) = make(1), make(2)
+    loaded.load_state_dict(saved.state_dict())
+    for x, optimizer in ((q, saved), (other, loaded)):
+        x.grad = torch.ones_like(x)
+        optimizer.step()
+    assert torch.equal(q, other)

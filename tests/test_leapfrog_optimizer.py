@@ -1342,3 +1342,20 @@ def test_an_interrupted_step_of_order_two_loses_nothing():
     for _ in range(6):
         b.step(closure2)
     torch.testing.assert_close(q, q2, rtol=1e-13, atol=1e-14)
+
+
+def test_a_distributed_checkpoint_is_refused_and_nothing_changes():
+    """It wants one entry a parameter. An optimizer without any it would step, to get them."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    model = nn.Linear(3, 2)
+    optimizer = gti.optim.Leapfrog(model.parameters(), 0.1, damping=0.5)
+    run(optimizer, lambda: model(torch.ones(4, 3)).sum(), 2)
+    optimizer.zero_grad()
+    before = values(optimizer.phase_spaces[0].momenta), list(optimizer._owed)
+    with pytest.raises(KeyError, match="phase_space"):
+        get_optimizer_state_dict(model, optimizer)
+    assert same(optimizer.phase_spaces[0].momenta, before[0]) and optimizer._owed == before[1]
+    loaded = gti.optim.Leapfrog(model.parameters(), 0.1)
+    loaded.load_state_dict(optimizer.state_dict())
+    assert same(loaded.phase_spaces[0].momenta, before[0])

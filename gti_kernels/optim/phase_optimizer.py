@@ -43,6 +43,8 @@ class PhaseOptimizer(torch.optim.Optimizer):
         self._loss: Tensor | None = None
         self._evaluated: tuple[Any, list[Any], list[Any]] | None = None
         super().__init__(params, defaults)
+        # Not empty: torch.distributed.checkpoint would step an optimizer without state to make one.
+        self.state[_SAVED] = {}  # type: ignore[index]
         if not isinstance(momentum, str):
             self._momentum = "zeros"  # the tensors were for the groups that are there
 
@@ -351,7 +353,7 @@ class PhaseOptimizer(torch.optim.Optimizer):
         try:
             return super().state_dict()
         finally:
-            self.state.clear()
+            self.state[_SAVED] = {}  # type: ignore[index]
 
     def __getstate__(self) -> dict[str, Any]:  # of copy and pickle
         state = super().__getstate__()
@@ -376,7 +378,7 @@ class PhaseOptimizer(torch.optim.Optimizer):
             spaces[i].check_state_dict(plan)
         for space, plan in zip(spaces, saved["plans"]):  # with exact it writes the parameters
             space.load_state_dict(plan)
-        super().__setstate__({**state, "state": defaultdict(dict)})
+        super().__setstate__({**state, "state": defaultdict(dict, {_SAVED: {}})})
         self.phase_spaces = spaces
         self._evaluated = None
         self._restore(saved)
