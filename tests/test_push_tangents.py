@@ -595,7 +595,7 @@ def test_the_chunk_counts_what_attention_keeps_on_the_way():
 
         def forward(self, x):
             h = self.q(x)
-            return F.scaled_dot_product_attention(h, h, x)
+            return F.scaled_dot_product_attention(*(t[:, None] for t in (h, h, x)))[:, 0]
 
     x = torch.randn(2, 512, 8)
     system = HamiltonianSystem(Attention(), F.mse_loss, [(x, x)])
