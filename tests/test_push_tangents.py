@@ -603,3 +603,21 @@ def test_the_chunk_counts_what_attention_keeps_on_the_way():
         chunk = chunk_of(system, system.start(torch.float64), 2**26)
     scores = 2 * 512 * 512 * 8  # bytes of one matrix of attention
     assert 1 <= chunk <= 2**26 / scores
+
+
+def test_differences_at_rest_in_the_origin():
+    model = nn.Linear(3, 2).double()
+    for x in model.parameters():
+        nn.init.zeros_(x)
+    system = HamiltonianSystem(model, F.mse_loss, data(6, 3), temperature=0.0)
+    pairs = gti.darboux_pairs(system, 2)
+    got = gti.push_tangents(system, *pairs, 0.1, 2, "fd")
+    expected = gti.push_tangents(system, *pairs, 0.1, 2)
+    for x, y in zip(got.dq + got.dp, expected.dq + expected.dp, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-8)
+
+
+def test_volumes_of_different_dimensions_are_refused():
+    two, three = ((torch.eye(m, 5), torch.zeros(m, 5)) for m in (2, 3))
+    with pytest.raises(ValueError, match="after: expected as many tangents as before"):
+        gti.volume_change(two, three)

@@ -7,10 +7,11 @@ import math
 import pytest
 import torch
 from probe_systems import cnn_system, quadratic_system, spd
-from torch import Tensor
+from torch import Tensor, nn
 
 import gti_kernels as gti
 from gti_kernels.conventions import symplectic_matrix
+from gti_kernels.probes.hamiltonian_system import HamiltonianSystem
 
 KINDS = ("random", "gradient", "hessian")
 
@@ -145,3 +146,47 @@ def test_bad_arguments():
     same.batches[1] = same.batches[0]
     with pytest.raises(ValueError, match="independent gradients"):
         gti.darboux_pairs(same, 2, "gradient")
+
+
+class Product(nn.Module):
+    """L = w₀ w₁, whose Hessian has the eigenvalues ±1."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([0.3, 0.7], dtype=torch.float64))
+
+    def forward(self, x):
+        return self.w.prod() * x
+
+
+@pytest.mark.parametrize("draw", range(4))
+def test_opposite_eigenvalues_are_told_apart(draw):
+    batches = [(torch.ones(1, dtype=torch.float64), torch.zeros(1))]
+    system = HamiltonianSystem(Product(), lambda output, _: output.sum(), batches)
+    for pairs in (1, 2):
+        dq, _ = gti.darboux_pairs(system, pairs, "hessian", draw=draw)
+        d = dq[0][:pairs]
+        torch.testing.assert_close(d.abs(), torch.full_like(d, 0.5**0.5), rtol=1e-6, atol=0)
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
+        self.head.weight = self.a.weight
+        self.b = self.c = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.head(self.b(self.c(self.a(x))))
+
+
+@pytest.mark.parametrize(
+    ("layer", "within"), [("a", [0]), ("head", [0]), ("b", [1, 2]), ("c", [1, 2]), ("", [0, 1, 2])]
+)
+def test_layers_with_shared_parameters(layer, within):
+    batches = [(torch.arange(5), torch.arange(5))]
+    system = HamiltonianSystem(Tied(), nn.functional.cross_entropy, batches)
+    dq, _ = gti.darboux_pairs(system, 2, layer=layer)
+    assert [i for i, x in enumerate(dq) if bool(x.any())] == within
+    with pytest.raises(ValueError, match="layer: expected the name"):
+        gti.darboux_pairs(system, 2, layer=["a"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 
 def finite(name: str, value: float, *, positive: bool = False) -> float:
@@ -13,6 +14,14 @@ def finite(name: str, value: float, *, positive: bool = False) -> float:
     if not math.isfinite(value) or (positive and value <= 0):
         raise ValueError(f"{name}: expected {wanted}, got {value}")
     return float(value)
+
+
+def step_sizes(dts: Iterable[float]) -> tuple[float, ...]:
+    """`dts` as floats > 0, at least one."""
+    dts = tuple(dts)
+    if not dts:
+        raise ValueError("dts: expected at least one step size, got none")
+    return tuple(finite(f"dts[{i}]", dt, positive=True) for i, dt in enumerate(dts))
 
 
 def whole(name: str, value: int, *, least: int = 1) -> int:

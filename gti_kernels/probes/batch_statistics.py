@@ -26,15 +26,15 @@ def tracked_layers(model: nn.Module) -> dict[str, _BatchNorm]:
 @contextmanager
 def functional_normalization(
     layers: dict[str, _BatchNorm], running: dict[str, Tensor] | None = None
-) -> Iterator[dict[str, Moments]]:
+) -> Iterator[dict[str, list[Moments]]]:
     """Inside the block the layers are pure functions of their input, parameters and `running`.
 
     running: buffers by name; the layers normalise by these running statistics. None: by the moments
-    of the batch, as in train mode. Yields a dict in which each forward pass leaves these moments,
+    of the batch, as in train mode. Yields a dict to which each forward pass adds these moments,
     by layer name. Unlike torch's own layers, which update running statistics in place and refuse
     tangents in them, these can be differentiated, pushed forward and vmapped.
     """
-    moments: dict[str, Moments] = {}
+    moments: dict[str, list[Moments]] = {}
 
     def hook_of(name: str):
         def hook(layer: _BatchNorm, args: tuple[Tensor, ...], _output: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ def functional_normalization(
                 mean, var = running[join(name, "running_mean")], running[join(name, "running_var")]
                 return _affine(layer, x, mean, var)
             dims = [0, *range(2, x.ndim)]
-            moments[name] = (x.mean(dims), x.var(dims, unbiased=True))
+            moments.setdefault(name, []).append((x.mean(dims), x.var(dims, unbiased=True)))
             return F.batch_norm(
                 x, None, None, layer.weight, layer.bias, training=True, eps=layer.eps
             )

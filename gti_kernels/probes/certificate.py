@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .arguments import finite, whole
+from .arguments import step_sizes, whole
 from .certificate_text import markdown, text_table
 from .clock import add_seconds
 from .dose_response import Dose
 from .energy_drift import EnergyDrift, energy_drift
 from .hamiltonian_system import HamiltonianSystem
-from .omega_invariance import OmegaInvariance, omega_invariance
+from .omega_invariance import OmegaInvariance, check_invariance, omega_invariance
 from .round_trip import RoundTrip, round_trip
 
 PROBES = ("state", "energy", "buffers", "epsilon", "drift")
@@ -232,15 +232,15 @@ def certify(
     >>> certificate.passed
     True
     """
-    if not dts:
-        raise ValueError("dts: expected at least one step size, got none")
-    dts = tuple(finite(f"dts[{i}]", dt, positive=True) for i, dt in enumerate(dts))
+    dts = step_sizes(dts)
     steps, pairs = whole("steps", steps), whole("pairs", pairs)
     seeds = whole("seeds", seeds)
     limits = Thresholds() if thresholds is None else thresholds
     drift_dts = sorted({*dts, *(dt / 2 for dt in dts)})
     # One system reads the batches once, and checks every argument before anything is measured.
     first = HamiltonianSystem(model, loss_fn, batches, inv_mass, damping, regime, backend=backend)
+    for dt in dts:
+        check_invariance(first, dt, steps, pairs, tangents)
     seconds = {"probes": 0.0, "kernels": 0.0, "gradients": 0.0}
     runs: list[Run] = []
     for seed in range(seeds):

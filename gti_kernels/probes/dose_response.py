@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .arguments import finite
 from .batch_statistics import tracked_layers
 from .clock import add_seconds
 from .hamiltonian_system import HamiltonianSystem
@@ -59,6 +60,7 @@ def dose_response(
             "model: expected BatchNorm layers with running statistics, got none; "
             "a model without them has no dose"
         )
+    momenta = [finite(f"momenta[{i}]", m) for i, m in enumerate(momenta)]
     batches = list(batches)
     before = {name: layer.momentum for name, layer in layers.items()}
     doses = []

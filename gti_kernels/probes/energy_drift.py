@@ -10,8 +10,8 @@ from statistics import fmean, median
 
 import torch
 
-from .arguments import finite, whole
-from .hamiltonian_system import HamiltonianSystem
+from .arguments import step_sizes, whole
+from .hamiltonian_system import HamiltonianSystem, check_system
 from .intervals import Interval, slope_interval
 from .rounding import energy_change, walk
 
@@ -71,10 +71,8 @@ def energy_drift(system: HamiltonianSystem, dts: Sequence[float], steps: int) ->
 
     Source: Hairer, Lubich & Wanner, Geometric Numerical Integration (2006), IX.1 (modified energy).
     """
-    if not dts:
-        raise ValueError("dts: expected at least one step size, got none")
-    dts = tuple(finite(f"dts[{i}]", dt, positive=True) for i, dt in enumerate(dts))
-    steps = whole("steps", steps, least=5)
+    check_system(system)
+    dts, steps = step_sizes(dts), whole("steps", steps, least=5)
     begin = system.clock.now()
     with system.session():
         start = system.start(torch.float64)

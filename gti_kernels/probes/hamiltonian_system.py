@@ -139,6 +139,9 @@ class HamiltonianSystem:
                 "model: expected at least one parameter that requires grad, got none; "
                 "call model.requires_grad_(True)"
             )
+        for name, q in named.items():
+            if not q.is_floating_point():
+                raise TypeError(f"model: expected float parameters, got {name} of {q.dtype}")
         devices = {q.device for q in named.values()}
         if len(devices) > 1:
             raise ValueError(f"model: expected all parameters on one device, got {devices}")
@@ -191,6 +194,7 @@ class HamiltonianSystem:
     def session(self) -> Iterator[None]:
         """The model is set up for steps; flags and random state return at the end of the block."""
         with (
+            torch.inference_mode(False),
             preserved_random_state(self.device),
             preserved_training_flags(self.model),
             torch.autocast(self.device.type, enabled=False),
@@ -267,9 +271,16 @@ class HamiltonianSystem:
         """
         with functional_normalization(self.layers) as moments:
             self.output(q, b, t)
+        for layer, found in moments.items():
+            if len(found) > 1:
+                raise ValueError(
+                    f"model: expected each BatchNorm layer once in a forward pass with "
+                    f"regime={self.regime!r}, got {layer!r} {len(found)} times. Give each place a "
+                    f'layer of its own, or take regime="batch"'
+                )
         return {
             join(layer, slot): moment
-            for layer, pair in moments.items()
+            for layer, (pair,) in moments.items()
             for slot, moment in zip(("running_mean", "running_var"), pair, strict=True)
         }
 
@@ -389,6 +400,15 @@ class _Holder(nn.Module):
     def __init__(self, model: nn.Module, run: Callable[[list[Tensor]], Any]) -> None:
         super().__init__()
         self.model, self.forward = model, run
+
+
+def check_system(system: Any) -> None:
+    """TypeError for what is no system."""
+    if not isinstance(system, HamiltonianSystem):
+        raise TypeError(
+            f"system: expected a HamiltonianSystem, got {type(system).__name__}. Make one of a "
+            f"model: HamiltonianSystem(model, loss_fn, batches)"
+        )
 
 
 def cast(x: Any, dtype: torch.dtype) -> Any:

@@ -10,7 +10,7 @@ import torch
 from ..conventions import symplectic_matrix
 from ..ops.two_form import two_form
 from .arguments import finite, whole
-from .hamiltonian_system import HamiltonianSystem, State
+from .hamiltonian_system import HamiltonianSystem, State, check_system
 from .intervals import Interval, mean_interval
 from .push_tangents import check_method, push, refuse_sharded
 from .subspaces import SUBSPACES, directions, split_pairs
@@ -90,13 +90,12 @@ def omega_invariance(
     Source: Leimkuhler & Reich, Simulating Hamiltonian Dynamics (2004), ch. 3; McLachlan &
     Perlmutter, Conformal Hamiltonian systems (2001).
     """
+    check_system(system)
     dt = finite("dt", dt)
     steps = whole("steps", steps)
     pairs = whole("pairs", pairs)
     draws = whole("draws", draws)
-    if pairs > system.size:
-        raise ValueError(f"pairs: expected at most N = {system.size} directions, got {pairs}")
-    check_method("tangents", tangents)
+    check_invariance(system, dt, steps, pairs, tangents)
     if subspace not in SUBSPACES:
         raise ValueError(f"subspace: expected one of {SUBSPACES}, got {subspace!r}")
     if chunk is not None:
@@ -133,3 +132,17 @@ def omega_invariance(
         kinks=kinks,
         seconds=system.clock.now() - begin,
     )
+
+
+def check_invariance(
+    system: HamiltonianSystem, dt: float, steps: int, pairs: int, tangents: str
+) -> None:
+    """Raises for a combination of arguments that `omega_invariance` cannot take."""
+    if pairs > system.size:
+        raise ValueError(f"pairs: expected at most N = {system.size} directions, got {pairs}")
+    check_method("tangents", tangents)
+    if system.damping * steps * abs(dt) > 700.0:
+        raise ValueError(
+            f"steps: expected damping·steps·|dt| of at most 700, as e^(damping·steps·dt) is taken "
+            f"out, got damping = {system.damping}, steps = {steps}, dt = {dt}"
+        )

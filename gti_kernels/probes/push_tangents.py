@@ -13,7 +13,7 @@ from torch import Tensor
 from ..ops.two_form import two_form
 from .arguments import finite, whole
 from .batch_statistics import join
-from .hamiltonian_system import HamiltonianSystem, State
+from .hamiltonian_system import HamiltonianSystem, State, check_system
 from .rounding import walk
 from .tangent_map import MEMORY, Differentiator, chunk_of, push_step
 
@@ -26,7 +26,8 @@ class PushedTangents:
     """dq, dp: the tangents after K steps, lists over parameters of [m, *shape], fp64.
 
     method: "forward over reverse", "double backward" or "central differences". chunk: tangents at a
-    time. increment: of central differences, in units of ‖z₀‖ / ‖tangent‖, else 0; kinks: the
+    time. increment: of central differences, in units of ‖z₀‖ / ‖tangent‖ (of 1 / ‖tangent‖ where
+    z₀ = 0), else 0; kinks: the
     numbers of the tangents whose difference crossed a kink (of ReLU or max-pool), and is not to be
     trusted. rounding: what rounding explains of a pushed tangent, relative to its size.
     """
@@ -67,7 +68,8 @@ def push_tangents(
             updated the statistics between them, nor with random layers, which draw anew. A model
             with an op that has no forward rule gets two backward passes for each tangent, with a
             warning; one with an op that cannot be differentiated twice at all is refused, by the
-            name of the op. "fd" — central differences, up to 8K gradients for each tangent; the
+            name of the op. "fd" — central differences, up to 8K gradients for each tangent and 22K
+            for the increment and the walk of z₀; the
             increment is the one of `SWEEP` where the difference changes least, and a second
             difference that does not fall by four when it is halved tells of a kink.
         chunk: tangents at a time; None: as many as fit `memory` bytes (1 GiB), estimated from what
@@ -87,8 +89,10 @@ def push_tangents(
     >>> bool((omega - gti.two_form(dq, dp).omega).abs().max() < 1e-13)
     True
     """
+    check_system(system)
     dt, steps = finite("dt", dt), whole("steps", steps)
-    tangents = State(_tangents(system, "dq", dq), _tangents(system, "dp", dp), {})
+    with torch.inference_mode(False):
+        tangents = State(_tangents(system, "dq", dq), _tangents(system, "dp", dp), {})
     if len(tangents.q[0]) != len(tangents.p[0]):
         raise ValueError(
             f"dp: expected as many tangents as dq, {len(tangents.q[0])}, got {len(tangents.p[0])}"
@@ -183,7 +187,7 @@ def _differences(
     system: HamiltonianSystem, z: State, s: State, dt: float, steps: int
 ) -> PushedTangents:
     """(Φ(z + h d) − Φ(z − h d)) / 2h for each tangent d, h = increment · ‖z₀‖ / ‖d‖."""
-    length = math.sqrt(sum(float(x.square().sum()) for x in z.q + z.p))
+    length = math.sqrt(sum(float(x.square().sum()) for x in z.q + z.p)) or 1.0
     m = len(s.q[0])
     generator = torch.Generator().manual_seed(system.seed)
     signs = torch.randint(0, 2, (m,), generator=generator, device="cpu") * 2 - 1
@@ -249,18 +253,24 @@ def volume_change(
     `push_tangents`. All 2N tangents together give log |det DΦ|: −γ K dt N for a conformally
     symplectic map, 0 for a symplectic one. A subspace may stretch or shrink under either.
 
-    Returns a 0-d fp64 tensor; −inf for tangents that have become dependent, NaN for NaN. S comes
-    from `two_form` with full precision; the logarithm's error is about u times the condition
-    number of S. Errors as of `two_form`.
+    Returns an fp64 tensor, 0-d or [B] for a batch; NaN for NaN. S comes from `two_form` with full
+    precision; the logarithm's error is about u times the condition number of S, so tangents that
+    have become dependent give −inf or a number that is rounding. Errors as of `two_form`, and
+    ValueError for another number of tangents after than before.
 
     >>> import torch, gti_kernels as gti
     >>> q, p = torch.eye(2, 4), torch.zeros(2, 4)
     >>> gti.volume_change((q, p), (2.0 * q, p))  # log 4
     tensor(1.3863, dtype=torch.float64)
     """
+    metrics = [two_form(*x, metric=True, backend=backend).metric for x in (before, after)]
+    if metrics[0].shape != metrics[1].shape:
+        raise ValueError(
+            f"after: expected as many tangents as before, {tuple(metrics[0].shape[:-1])}, got "
+            f"{tuple(metrics[1].shape[:-1])}"
+        )
     halves = []
-    for dq, dp in (before, after):
-        metric = two_form(dq, dp, metric=True, backend=backend).metric
+    for metric in metrics:
         sign, log = torch.linalg.slogdet(metric)
         halves.append(0.5 * torch.where(sign > 0, log, torch.where(log.isnan(), log, -math.inf)))
     return halves[1] - halves[0]

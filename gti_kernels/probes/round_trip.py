@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .arguments import finite, whole
-from .hamiltonian_system import HamiltonianSystem
+from .hamiltonian_system import HamiltonianSystem, check_system
 from .rounding import coarsest, energy_change, walk
 
 
@@ -71,6 +71,7 @@ def round_trip(
     Source: Hairer, Lubich & Wanner, Geometric Numerical Integration (2006), ch. V (symmetric
     methods).
     """
+    check_system(system)
     dt = finite("dt", dt)
     if dt == 0:
         raise ValueError("dt: expected a number other than 0, got 0")

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..ops.power_iteration_operator import power_iteration_operator
 from .arguments import whole
-from .hamiltonian_system import HamiltonianSystem
+from .hamiltonian_system import HamiltonianSystem, check_system
 from .tangent_map import hessian_products
 
 SUBSPACES = ("random", "gradient", "hessian")
@@ -45,6 +45,7 @@ def darboux_pairs(
     >>> [tuple(x.shape) for x in dq], bool(dq[0].any())
     ([(4, 4, 3), (4, 4), (4, 1, 4), (4, 1)], False)
     """
+    check_system(system)
     pairs, draw = whole("pairs", pairs), whole("draw", draw, least=0)
     if subspace not in SUBSPACES:
         raise ValueError(f"subspace: expected one of {SUBSPACES}, got {subspace!r}")
@@ -82,16 +83,13 @@ def split_pairs(system: HamiltonianSystem, d: Tensor) -> tuple[list[Tensor], lis
 
 def _mask(system: HamiltonianSystem, layer: str | None) -> Tensor:
     """[N], true for the parameters of `layer`."""
-    if layer is not None and layer not in dict(system.model.named_modules()):
+    modules = dict(system.model.named_modules(remove_duplicate=False))
+    if layer is not None and (not isinstance(layer, str) or layer not in modules):
         raise ValueError(f"layer: expected the name of a submodule of the model, got {layer!r}")
+    within = {id(q) for q in modules[layer or ""].parameters()}
     parts = [
-        torch.full(
-            (q.numel(),),
-            not layer or name.startswith(f"{layer}."),
-            dtype=torch.bool,
-            device=system.device,
-        )
-        for name, q in zip(system.names, system.q, strict=True)
+        torch.full((q.numel(),), id(q) in within, dtype=torch.bool, device=system.device)
+        for q in system.q
     ]
     return torch.cat(parts)
 
@@ -126,15 +124,18 @@ def _eigenvectors(system: HamiltonianSystem, inside: Tensor, pairs: int, draw: i
         h = hessian_products(system, state, system.unflattened(full))
         return system.flattened(h)[:, inside].T.contiguous()
 
+    # One more than asked for: eigenvalues ±λ are one singular value, and must not be parted.
     triples = power_iteration_operator(
         product,
         None,
         (count, count),
-        k=pairs,
+        k=min(pairs + 1, count),
         max_steps=500,
         tol=1e-6,
         seed=system.seed + draw,
         dtype=torch.float64,
         device=system.device,
     )
-    return torch.linalg.qr(triples.v)[0]
+    v = torch.linalg.qr(triples.v)[0]
+    curvatures, rotation = torch.linalg.eigh(v.T @ product(v))
+    return v @ rotation[:, curvatures.abs().argsort(descending=True)[:pairs]]
