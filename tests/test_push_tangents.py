@@ -621,3 +621,15 @@ def test_volumes_of_different_dimensions_are_refused():
     two, three = ((torch.eye(m, 5), torch.zeros(m, 5)) for m in (2, 3))
     with pytest.raises(ValueError, match="after: expected as many tangents as before"):
         gti.volume_change(two, three)
+
+
+@pytest.mark.parametrize("bag", [False, True])
+def test_sparse_gradients_of_embeddings_are_dense_here(bag):
+    torch.manual_seed(0)
+    kind = nn.EmbeddingBag if bag else nn.Embedding
+    layers = [kind(5, 3, sparse=True), nn.Tanh(), nn.Flatten(), nn.Linear(3 if bag else 6, 2)]
+    batches = [(torch.randint(5, (6, 2)), torch.randn(6, 2)) for _ in range(2)]
+    system = HamiltonianSystem(nn.Sequential(*layers), F.mse_loss, batches)
+    assert gti.round_trip(system, 0.1, 2, exact=True).state == 0.0
+    if not bag:  # whose derivative torch cannot differentiate
+        assert_tangents(system)

@@ -49,7 +49,8 @@ def two_form(
         are, roughly 6e-14·‖z_i‖‖z_j‖ up to fp32 and u·|Ω_ij| + 1e-20·‖z_i‖‖z_j‖ for fp64 (N up to
         1e8). A NaN in vector i makes row and column i NaN, the rest is right. Where a GPU has next
         to no fp64 (compute capability 8.6, 8.9, 12.0), "cuda" sums products up to fp32 in pairs of
-        fp32 numbers: roughly 4e-13·‖z_i‖‖z_j‖, and NaN where a product exceeds 3e38.
+        fp32 numbers: roughly 4e-13·‖z_i‖‖z_j‖, and NaN where a product exceeds 3e38. On the CPU the
+        bound supposes that subnormal numbers count (torch.set_flush_denormal(False), the default).
 
     Raises:
         TypeError, ValueError: the argument, what was expected, what came. RuntimeError: a

@@ -27,9 +27,9 @@ class PushedTangents:
 
     method: "forward over reverse", "double backward" or "central differences". chunk: tangents at a
     time. increment: of central differences, in units of ‖z₀‖ / ‖tangent‖ (of 1 / ‖tangent‖ where
-    z₀ = 0), else 0; kinks: the
-    numbers of the tangents whose difference crossed a kink (of ReLU or max-pool), and is not to be
-    trusted. rounding: what rounding explains of a pushed tangent, relative to its size.
+    z₀ = 0), else 0; kinks: the numbers of the tangents whose difference crossed a kink (of ReLU or
+    max-pool; one of a derivative, as of ELU, may go unseen), and is not to be trusted. rounding:
+    what rounding explains of a pushed tangent, relative to its size.
     """
 
     dq: list[Tensor]

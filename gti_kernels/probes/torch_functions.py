@@ -30,6 +30,8 @@ _RANDOM = {
     Tensor.bernoulli,
 }
 
+_SPARSE = {F.embedding: 6, F.embedding_bag: 7}  #: place of the argument `sparse`
+
 
 class PlainFunctions(TorchFunctionMode):
     """Inside the block a draw belongs to an entry of a tensor, and what torch differentiates twice
@@ -40,7 +42,7 @@ class PlainFunctions(TorchFunctionMode):
     functions see contiguous tensors. (In-place dropout keeps the layout it was given.) Weight norm
     is v·(g/‖v‖): torch's own, twice differentiated, gives a Hessian that is not symmetric (torch
     2.13), and has no forward rule. The mean of mse_loss is taken after its squares: forward over
-    reverse of torch's own refuses a target that is constant.
+    reverse of torch's own refuses a target that is constant. Embeddings have dense gradients.
     """
 
     def __torch_function__(
@@ -51,6 +53,9 @@ class PlainFunctions(TorchFunctionMode):
         if func in _RANDOM and not inplace:
             args = tuple(_contiguous(x) for x in args)
             kwargs = {name: _contiguous(x) for name, x in kwargs.items()}
+        elif func in _SPARSE:
+            args = (*args[: _SPARSE[func]], False, *args[_SPARSE[func] + 1 :])[: len(args)]
+            kwargs = {**kwargs, "sparse": False} if "sparse" in kwargs else kwargs
         elif func is torch._weight_norm:
             return _weight_norm(*args, **kwargs)
         elif func is F.mse_loss and kwargs.get("reduction", "mean") == "mean" and len(args) < 3:
