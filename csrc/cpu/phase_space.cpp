@@ -360,17 +360,23 @@ GTI_INLINE Partial grid_advance(T* q, const T* remainder, int64_t* Q, int64_t* P
   return {lane_sum<double, N, parts>(sum), lane_sum<uint64_t, N>(checksum), inside};
 }
 
-#define GTI_GRID_CHUNK(T)                                                                  \
-  GTI_LEVELS(Partial, grid_chunk,                                                          \
-             (T * q, const T* r, int64_t* Q, int64_t* P, const T* grad, const double* w,   \
-              const GridFactors& f, bool drifts, int64_t n),                               \
-             if (!drifts) return grad                                                      \
-                 ? grid_advance<B, true, false, T>(q, r, Q, P, grad, w, f, n)              \
-                 : grid_advance<B, false, false, T>(q, r, Q, P, grad, w, f, n);            \
-             if (grad && !r && !w) /* most tensors: two branches less for each vector */   \
-             return grid_advance<B, true, true, T>(q, nullptr, Q, P, grad, nullptr, f, n); \
-             return grad ? grid_advance<B, true, true, T>(q, r, Q, P, grad, w, f, n)       \
-                         : grid_advance<B, false, true, T>(q, r, Q, P, grad, w, f, n);)
+// A sign that the compiler knows.
+GTI_INLINE GridFactors forward(GridFactors f) {
+  f.sign = 0;
+  return f;
+}
+
+#define GTI_GRID_CHUNK(T)                                                                     \
+  GTI_LEVELS(                                                                                 \
+      Partial, grid_chunk,                                                                    \
+      (T * q, const T* r, int64_t* Q, int64_t* P, const T* grad, const double* w,             \
+       const GridFactors& f, bool drifts, int64_t n),                                         \
+      if (!drifts) return grad ? grid_advance<B, true, false, T>(q, r, Q, P, grad, w, f, n)   \
+                               : grid_advance<B, false, false, T>(q, r, Q, P, grad, w, f, n); \
+      if (grad && !r && !w && f.sign == 0) /* most steps: less for each vector */             \
+      return grid_advance<B, true, true, T>(q, nullptr, Q, P, grad, nullptr, forward(f), n);  \
+      return grad ? grid_advance<B, true, true, T>(q, r, Q, P, grad, w, f, n)                 \
+                  : grid_advance<B, false, true, T>(q, r, Q, P, grad, w, f, n);)
 GTI_GRID_CHUNK(double)
 GTI_GRID_CHUNK(float)
 GTI_GRID_CHUNK(bf16)

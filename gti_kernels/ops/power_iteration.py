@@ -287,6 +287,7 @@ def note(
     tol: float = 1e-4,
     start: SingularTriples | None = None,
     seed: int = 0,
+    **_: Any,
 ) -> str:
     """Where a call starts from, for `explain`."""
     _check_settings(k, method, max_steps, tol, seed)
