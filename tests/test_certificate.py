@@ -157,6 +157,10 @@ def test_json_has_no_bare_nan():
     assert content["runs"][0]["round_trip"]["state"] is None
 
 
+def test_step_sizes_may_be_an_array():
+    assert [row.dt for row in small(dts=np.array([0.01, 0.02])).rows] == [0.01, 0.02]
+
+
 def test_certify_checks_before_it_measures():
     with pytest.raises(ValueError, match="dts"):
         small(dts=())
@@ -166,6 +170,9 @@ def test_certify_checks_before_it_measures():
         small(seeds=0)
     with pytest.raises(ValueError, match="regime"):
         small(regime="train")
+    for argument, value in {"steps": 0, "pairs": 1000, "tangents": "x", "damping": 1e5}.items():
+        with pytest.raises(ValueError, match=argument):
+            small(on_measure=pytest.fail, **{argument: value})
 
 
 # --- the command ----------------------------------------------------------------------------------

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from dataclasses import astuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from probe_systems import Quadratic, cnn, cnn_system, images, quadratic_system, value
 from torch import Tensor, nn
 
+import gti_kernels as gti
 from gti_kernels.probes.dose_response import dose_response
 from gti_kernels.probes.energy_drift import energy_drift
 from gti_kernels.probes.hamiltonian_system import HamiltonianSystem
@@ -72,6 +75,44 @@ def test_frozen_calibrates_without_touching_the_model():
     expected = x.mean((0, 1, 3, 4)).detach()
     torch.testing.assert_close(z.b[name], expected, rtol=1e-4, atol=1e-6)
     assert not torch.allclose(dict(system.model.named_buffers())[name], expected, rtol=1e-3)
+
+
+class Often(nn.Module):
+    """A BatchNorm layer that a forward pass applies `times` times."""
+
+    def __init__(self, times: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.times = nn.Linear(3, 4), nn.BatchNorm1d(4), times
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for _ in range(self.times):
+            x = self.norm(x).sin()
+        return x
+
+
+@pytest.mark.parametrize("times", [0, 2])
+def test_running_refuses_a_layer_that_is_not_applied_once(times):
+    batches = [(torch.randn(5, 3), torch.randn(5, 4))]
+    system = HamiltonianSystem(Often(times), F.mse_loss, batches, regime="running")
+    for probe in PROBES.values():
+        with pytest.raises(ValueError, match=f"model: .*once.*'norm' applied {times} times"):
+            probe(system)
+
+
+def test_frozen_takes_the_mean_over_all_applications():
+    x = torch.randn(5, 3)
+    system = HamiltonianSystem(Often(2), F.mse_loss, [(x, torch.randn(5, 4))], regime="frozen")
+    with system.session():
+        z = system.start()
+    one = system.model.first(x)
+    two = F.batch_norm(one, None, None, training=True).sin()
+    for name, expected in {
+        "norm.running_mean": (one.mean(0) + two.mean(0)) / 2,
+        "norm.running_var": (one.var(0) + two.var(0)) / 2,
+    }.items():
+        torch.testing.assert_close(z.b[name], expected)
 
 
 # --- what is given back ---------------------------------------------------------------------------
@@ -171,6 +212,21 @@ def test_dropout_draws_the_same_mask_on_the_way_back():
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
+@pytest.mark.parametrize("regime", ["batch", "running", "frozen"])
+def test_probes_leave_inference_mode(regime):
+    system = HamiltonianSystem(busy_model(), F.cross_entropy, busy_batches(), regime=regime)
+
+    def measure() -> list:
+        dq, dp = gti.darboux_pairs(system, 1)
+        pushed = gti.push_tangents(system, [2.0 * x for x in dq], dp, 0.05, 2)
+        numbers = [astuple(probe(system))[:-1] for probe in PROBES.values()]  # without seconds
+        return [*numbers, *(x.sum().item() for x in pushed.dq + pushed.dp)]
+
+    expected = measure()
+    with torch.inference_mode():
+        assert measure() == expected and torch.is_inference_mode_enabled()
+
+
 # --- refusals -------------------------------------------------------------------------------------
 
 
@@ -214,6 +270,11 @@ def test_probes_refuse():
         omega_invariance(system, 0.1, 1, pairs=6)
     with pytest.raises(ValueError, match="tangents"):
         omega_invariance(system, 0.1, 1, tangents="exact")
+    for dt in (0.1, -0.1):
+        with pytest.raises(
+            ValueError, match=r"damping \* steps \* \|dt\| <= 709.*20 \* 400 \* 0.1"
+        ):
+            omega_invariance(quadratic_system(damping=20.0), dt, 400)
     with pytest.raises(ValueError, match="dts"):
         energy_drift(system, (), 10)
     with pytest.raises(ValueError, match=r"dts\[1\]"):
@@ -222,6 +283,43 @@ def test_probes_refuse():
         energy_drift(system, (0.1,), 4)
     with pytest.raises(ValueError, match="loss_fn: expected a scalar"):
         round_trip(HamiltonianSystem(Busy(), lambda out, y: out, busy_batches()), 0.1, 1)
+
+
+def test_step_sizes_may_be_an_array():
+    for dts in (np.array([0.1, 0.2]), iter((0.1, 0.2))):
+        assert energy_drift(quadratic_system(), dts, 5).dts == (0.1, 0.2)
+    with pytest.raises(ValueError, match="dts: expected at least one"):
+        energy_drift(quadratic_system(), np.array([]), 5)
+    with pytest.raises(TypeError, match="dts: expected a sequence of step sizes, got float"):
+        energy_drift(quadratic_system(), 0.1, 5)
+
+
+@pytest.mark.parametrize(
+    "probe",
+    [
+        *PROBES.values(),
+        lambda s: gti.push_tangents(s, torch.ones(1, 2), torch.ones(1, 2), 0.1, 1),
+        lambda s: gti.darboux_pairs(s, 1),
+    ],
+)
+def test_probes_refuse_what_is_no_system(probe):
+    with pytest.raises(TypeError, match="system: expected a HamiltonianSystem, got Quadratic"):
+        probe(Quadratic(torch.ones(2)))
+
+
+def test_system_refuses_complex_parameters():
+    with pytest.raises(TypeError, match="model: expected float parameters, got .*complex64 in 'w'"):
+        HamiltonianSystem(
+            Quadratic(torch.ones(2, dtype=torch.complex64)), value, [(torch.eye(2), 0)]
+        )
+
+
+def test_dose_response_refuses_before_it_measures():
+    for m in (math.nan, "0.1"):
+        with pytest.raises((TypeError, ValueError), match=r"momenta\[1\]"):
+            dose_response(
+                cnn("running"), F.cross_entropy, images(), momenta=(0.1, m), on_measure=pytest.fail
+            )
 
 
 def test_sharded_parameters_are_refused_with_words():

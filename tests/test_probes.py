@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from probe_systems import Quadratic, cnn_system, quadratic_system, reference_step, value
 from torch import Tensor, nn
 
-import gti_kernels as gti
 from gti_kernels.probes import energy_drift as energy_drift_module
 from gti_kernels.probes import tangent_map
 from gti_kernels.probes.energy_drift import energy_drift
@@ -283,100 +282,3 @@ def test_dt_zero_is_bracketed_and_bisected(monkeypatch):
     system = quadratic_system()
     assert energy_drift(system, (0.01, 0.02, 0.1), 10).dt_zero == pytest.approx(0.03, rel=0.01)
     assert energy_drift(system, (0.01, 0.02), 10).dt_zero is None
-
-
-# ---- what is refused, and when -------------------------------------------------------------------
-
-
-def small(**options) -> HamiltonianSystem:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
-    batches = [(torch.randn(6, 3), torch.randn(6, 2)) for _ in range(2)]
-    return HamiltonianSystem(model, nn.functional.mse_loss, batches, **options)
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        ({"tangents": "x"}, "tangents: "),
-        ({"pairs": 1000}, "pairs: "),
-        ({"damping": 1e6}, "steps: expected damping"),
-        ({"dts": ()}, "dts: "),
-    ],
-)
-def test_a_certificate_checks_before_it_measures(options, words):
-    system = small()
-    measured = []
-    with pytest.raises(ValueError, match=words):
-        gti.certify(
-            system.model,
-            nn.functional.mse_loss,
-            system.batches,
-            **{"dts": (0.01,), **options},
-            on_measure=measured.append,
-        )
-    assert measured == []
-
-
-def test_step_sizes_may_be_an_array():
-    drift = gti.energy_drift(small(), np.array([0.01, 0.02]), 6)
-    assert drift.dts == (0.01, 0.02)
-
-
-@pytest.mark.parametrize(
-    "probe",
-    [
-        lambda x: gti.round_trip(x, 0.1, 2),
-        lambda x: gti.energy_drift(x, (0.1,), 5),
-        lambda x: gti.omega_invariance(x, 0.1, 2),
-        lambda x: gti.darboux_pairs(x, 1),
-        lambda x: gti.push_tangents(x, torch.ones(1, 26), torch.ones(1, 26), 0.1, 1),
-    ],
-)
-def test_probes_take_a_system_in_inference_mode_too(probe):
-    system = small()
-    with pytest.raises(TypeError, match="system: expected a HamiltonianSystem, got Sequential"):
-        probe(system.model)
-    with torch.inference_mode():
-        probe(system)
-
-
-def test_complex_parameters_are_refused():
-    model = nn.Linear(3, 2, dtype=torch.complex64)
-    with pytest.raises(TypeError, match="float parameters, got weight of torch.complex64"):
-        HamiltonianSystem(model, nn.functional.mse_loss, [(torch.ones(1, 3), torch.ones(1, 2))])
-
-
-def test_damping_beyond_the_range_of_fp64_is_refused():
-    with pytest.raises(ValueError, match="steps: expected damping.* at most 700"):
-        gti.omega_invariance(small(damping=10.0), 1.0, 100)
-
-
-def test_momenta_of_a_dose_are_finite():
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
-    batches = [(torch.randn(6, 3), torch.randn(6, 2))]
-    with pytest.raises(ValueError, match=r"momenta\[1\]: expected a finite number"):
-        gti.dose_response(model, nn.functional.mse_loss, batches, momenta=(0.1, math.nan))
-
-
-class Twice(nn.Module):
-    """One BatchNorm layer in two places."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.norm, self.b = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 4)
-
-    def forward(self, x):
-        return self.norm(self.b(torch.tanh(self.norm(self.a(x)))))
-
-
-@pytest.mark.parametrize("regime", ["batch", "running", "frozen"])
-def test_a_batch_norm_layer_in_two_places(regime):
-    torch.manual_seed(0)
-    batches = [(torch.randn(9, 3), torch.randn(9, 4)) for _ in range(2)]
-    system = HamiltonianSystem(Twice(), nn.functional.mse_loss, batches, regime=regime)
-    if regime == "batch":
-        assert gti.omega_invariance(system, 0.05, 2, pairs=2).epsilon < 1e-11
-    else:
-        with pytest.raises(ValueError, match="BatchNorm layer once .* got 'norm' 2 times"):
-            gti.round_trip(system, 0.05, 2)

@@ -40,7 +40,7 @@ def perceptron(middle: nn.Module, **options) -> HamiltonianSystem:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), middle, nn.Linear(4, 2)).double()
     batches = [(torch.randn(9, 3).double(), torch.randn(9, 2).double()) for _ in range(2)]
-    return HamiltonianSystem(model, F.mse_loss, batches, temperature=0.1, **options)
+    return HamiltonianSystem(model, F.mse_loss, batches, **{"temperature": 0.1, **options})
 
 
 def batch_norm_system(regime: str) -> HamiltonianSystem:
@@ -131,6 +131,14 @@ def test_volume_of_dependent_and_of_undefined_tangents():
     assert float(gti.volume_change((q, q), (3 * q, 3 * q))) == pytest.approx(2 * math.log(3))
     assert float(gti.volume_change((q, q), (q[:1].expand(2, 4), q[:1].expand(2, 4)))) == -math.inf
     assert gti.volume_change((q, q), (q * math.nan, q)).isnan()
+    batch = torch.eye(2, 4).expand(3, 2, 4)
+    assert gti.volume_change((batch, batch), (2 * batch, 2 * batch)).shape == (3,)
+
+
+def test_volume_refuses_another_number_of_tangents_after():
+    two, three = torch.eye(2, 4), torch.eye(3, 4)
+    with pytest.raises(ValueError, match=r"after: expected as many .* \(2,\), got \(3,\)"):
+        gti.volume_change((two, two), (three, three))
 
 
 def test_omega_of_a_damped_quadratic_decays_exponentially():
@@ -378,6 +386,55 @@ def test_differences_report_kinks():
     assert omega.kinks > 0 and gti.omega_invariance(system, 0.3, 1, pairs=3).kinks == 0
 
 
+class Bent(nn.Module):
+    """max(0, w_1 − c)², whose force has a kink at c."""
+
+    def __init__(self, w: float, c: float) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.full((3,), w, dtype=torch.float64))
+        self.c = c
+
+    def forward(self, _x: Tensor) -> Tensor:
+        return torch.relu(self.w[1] - self.c).square()
+
+
+@pytest.mark.parametrize("w", [0.0, 1.0])
+@pytest.mark.parametrize("distance", [0.0, 0.2, 0.26, 0.3, 0.36, 0.45, 0.8, 1.5])
+def test_differences_report_kinks_at_any_part_of_the_increment(w, distance, monkeypatch):
+    monkeypatch.setattr(module, "SWEEP", (1e-4, 1e-5))
+    unit = 1e-5 * (w * math.sqrt(3) or 1.0)
+    batches = [(torch.zeros(1), torch.zeros(()))]
+    system = HamiltonianSystem(Bent(w, w + distance * unit), value, batches, temperature=0.0)
+    got = gti.push_tangents(system, *unit_tangents(3), 0.3, 1, "fd")
+    assert (1 in got.kinks) == (distance < 1) and not {0, 2, 3, 5} & {*got.kinks}
+
+
+def test_differences_at_zero():
+    system = perceptron(nn.Tanh(), temperature=0.0)
+    for q in system.q:
+        nn.init.zeros_(q)
+    dq, dp = gti.darboux_pairs(system, 2)
+    exact = gti.push_tangents(system, dq, dp, 0.3, 2)
+    got = gti.push_tangents(system, dq, dp, 0.3, 2, "fd")
+    for a, b in zip(got.dq + got.dp, exact.dq + exact.dp):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-8)
+
+
+def test_the_number_of_gradients_of_differences(monkeypatch):
+    system, calls = perceptron(nn.Tanh()), 0
+    gradient = system.gradient
+
+    def counted(*args):
+        nonlocal calls
+        calls += 1
+        return gradient(*args)
+
+    monkeypatch.setattr(system, "gradient", counted)
+    dq, dp = gti.darboux_pairs(system, 1)
+    gti.push_tangents(system, dq, dp, 0.3, 3, "fd")
+    assert (22 + 2 * 4) * 3 <= calls <= (22 + 2 * 12) * 3
+
+
 # ---- what is borrowed, what is refused -----------------------------------------------------------
 
 
@@ -603,24 +660,6 @@ def test_the_chunk_counts_what_attention_keeps_on_the_way():
         chunk = chunk_of(system, system.start(torch.float64), 2**26)
     scores = 2 * 512 * 512 * 8  # bytes of one matrix of attention
     assert 1 <= chunk <= 2**26 / scores
-
-
-def test_differences_at_rest_in_the_origin():
-    model = nn.Linear(3, 2).double()
-    for x in model.parameters():
-        nn.init.zeros_(x)
-    system = HamiltonianSystem(model, F.mse_loss, data(6, 3), temperature=0.0)
-    pairs = gti.darboux_pairs(system, 2)
-    got = gti.push_tangents(system, *pairs, 0.1, 2, "fd")
-    expected = gti.push_tangents(system, *pairs, 0.1, 2)
-    for x, y in zip(got.dq + got.dp, expected.dq + expected.dp, strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-8, atol=1e-8)
-
-
-def test_volumes_of_different_dimensions_are_refused():
-    two, three = ((torch.eye(m, 5), torch.zeros(m, 5)) for m in (2, 3))
-    with pytest.raises(ValueError, match="after: expected as many tangents as before"):
-        gti.volume_change(two, three)
 
 
 @pytest.mark.parametrize("bag", [False, True])

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from probe_systems import cnn_system, quadratic_system, spd
+from probe_systems import cnn_system, quadratic_system, spd, value
 from torch import Tensor, nn
 
 import gti_kernels as gti
@@ -67,6 +67,48 @@ def test_hessian_directions_are_its_largest_eigenvectors():
         cosine = abs(float(d[i] @ vectors[:, -1 - i]))
         assert cosine == pytest.approx(1.0, abs=1e-9)
     assert float(values[-1]) > float(values[-2])
+
+
+class Saddle(nn.Module):
+    """L = Σ w_2i w_2i+1: eigenvalues 1 and −1, each N/2 times."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.linspace(0.5, 1.0, n, dtype=torch.float64))
+
+    def forward(self, _x: Tensor) -> Tensor:
+        return (self.w[::2] * self.w[1::2]).sum()
+
+
+@pytest.mark.parametrize("n", [2, 10])
+@pytest.mark.parametrize("pairs", [1, 2])
+def test_hessian_directions_tell_opposite_eigenvalues_apart(n, pairs):
+    system = HamiltonianSystem(Saddle(n), value, [(torch.zeros(1), torch.zeros(()))])
+    for draw in range(3):
+        for d in directions(gti.darboux_pairs(system, pairs, "hessian", draw=draw)):
+            h = d.reshape(-1, 2).flip(1).flatten()
+            torch.testing.assert_close(h, (d @ h) * d, rtol=0, atol=1e-12)
+            assert abs(float(d @ h)) == pytest.approx(1.0)
+
+
+def test_a_layer_has_its_shared_parameters():
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding = nn.Embedding(3, 2)
+            self.head = nn.Linear(2, 3)
+            self.again = self.head
+            self.head.weight = self.embedding.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.again(self.embedding(x))
+
+    batches = [(torch.arange(3), torch.randn(3, 3))]
+    system = HamiltonianSystem(Tied(), nn.functional.mse_loss, batches)
+    assert system.names == ["embedding.weight", "head.bias"]
+    for layer, whole in {"embedding": 6, "head": 9, "again": 9, "": 9}.items():
+        d = directions(gti.darboux_pairs(system, whole, layer=layer))
+        assert bool(d[:, :6].any()) and bool(d[:, 6:].any()) == (whole == 9)
 
 
 def test_hessian_of_a_layer_is_its_block():
@@ -134,8 +176,9 @@ def test_bad_arguments():
     for call in (gti.darboux_pairs, lambda s, **o: gti.omega_invariance(s, 0.1, 1, **o)):
         with pytest.raises(ValueError, match="subspace: expected one of"):
             call(system, pairs=1, subspace="krylov")
-        with pytest.raises(ValueError, match="layer: expected the name of a submodule"):
-            call(system, pairs=1, layer="head")
+        for layer in ("head", ["head"]):
+            with pytest.raises(ValueError, match="layer: expected the name of a submodule.*head"):
+                call(system, pairs=1, layer=layer)
         with pytest.raises(ValueError, match="pairs: expected at most N = 5"):
             call(system, pairs=6)
         with pytest.raises(ValueError, match="pairs: expected at most one gradient for each of"):
@@ -146,47 +189,6 @@ def test_bad_arguments():
     same.batches[1] = same.batches[0]
     with pytest.raises(ValueError, match="independent gradients"):
         gti.darboux_pairs(same, 2, "gradient")
-
-
-class Product(nn.Module):
-    """L = w₀ w₁, whose Hessian has the eigenvalues ±1."""
-
-    def __init__(self):
-        super().__init__()
-        self.w = nn.Parameter(torch.tensor([0.3, 0.7], dtype=torch.float64))
-
-    def forward(self, x):
-        return self.w.prod() * x
-
-
-@pytest.mark.parametrize("draw", range(4))
-def test_opposite_eigenvalues_are_told_apart(draw):
-    batches = [(torch.ones(1, dtype=torch.float64), torch.zeros(1))]
-    system = HamiltonianSystem(Product(), lambda output, _: output.sum(), batches)
-    for pairs in (1, 2):
-        dq, _ = gti.darboux_pairs(system, pairs, "hessian", draw=draw)
-        d = dq[0][:pairs]
-        torch.testing.assert_close(d.abs(), torch.full_like(d, 0.5**0.5), rtol=1e-6, atol=0)
-
-
-class Tied(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.a, self.head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
-        self.head.weight = self.a.weight
-        self.b = self.c = nn.Linear(3, 3)
-
-    def forward(self, x):
-        return self.head(self.b(self.c(self.a(x))))
-
-
-@pytest.mark.parametrize(
-    ("layer", "within"), [("a", [0]), ("head", [0]), ("b", [1, 2]), ("c", [1, 2]), ("", [0, 1, 2])]
-)
-def test_layers_with_shared_parameters(layer, within):
-    batches = [(torch.arange(5), torch.arange(5))]
-    system = HamiltonianSystem(Tied(), nn.functional.cross_entropy, batches)
-    dq, _ = gti.darboux_pairs(system, 2, layer=layer)
-    assert [i for i, x in enumerate(dq) if bool(x.any())] == within
-    with pytest.raises(ValueError, match="layer: expected the name"):
-        gti.darboux_pairs(system, 2, layer=["a"])
+    same.batches[0] = (torch.full((5, 5), math.nan), torch.zeros(()))
+    with pytest.raises(ValueError, match="finite Hessian"):
+        gti.darboux_pairs(same, 2, "hessian")

@@ -17,11 +17,13 @@ def finite(name: str, value: float, *, positive: bool = False) -> float:
 
 
 def step_sizes(dts: Iterable[float]) -> tuple[float, ...]:
-    """`dts` as floats > 0, at least one."""
-    dts = tuple(dts)
-    if not dts:
+    """`dts` as a tuple; ValueError when it is empty or one of them is not finite and > 0."""
+    if not isinstance(dts, Iterable):
+        raise TypeError(f"dts: expected a sequence of step sizes, got {type(dts).__name__}")
+    sizes = tuple(finite(f"dts[{i}]", dt, positive=True) for i, dt in enumerate(dts))
+    if not sizes:
         raise ValueError("dts: expected at least one step size, got none")
-    return tuple(finite(f"dts[{i}]", dt, positive=True) for i, dt in enumerate(dts))
+    return sizes
 
 
 def whole(name: str, value: int, *, least: int = 1) -> int:

@@ -18,7 +18,7 @@ from .clock import add_seconds
 from .dose_response import Dose
 from .energy_drift import EnergyDrift, energy_drift
 from .hamiltonian_system import HamiltonianSystem
-from .omega_invariance import OmegaInvariance, check_invariance, omega_invariance
+from .omega_invariance import OmegaInvariance, check_arguments, omega_invariance
 from .round_trip import RoundTrip, round_trip
 
 PROBES = ("state", "energy", "buffers", "epsilon", "drift")
@@ -240,7 +240,7 @@ def certify(
     # One system reads the batches once, and checks every argument before anything is measured.
     first = HamiltonianSystem(model, loss_fn, batches, inv_mass, damping, regime, backend=backend)
     for dt in dts:
-        check_invariance(first, dt, steps, pairs, tangents)
+        check_arguments(first, dt, steps, pairs, tangents)
     seconds = {"probes": 0.0, "kernels": 0.0, "gradients": 0.0}
     runs: list[Run] = []
     for seed in range(seeds):

@@ -67,7 +67,7 @@ def dose_response(
     try:
         for m in momenta:
             for layer in layers.values():
-                layer.momentum = float(m)
+                layer.momentum = m
             running, batch = (
                 HamiltonianSystem(
                     model, loss_fn, batches, regime=regime, seed=seed, backend=backend
@@ -78,7 +78,7 @@ def dose_response(
             there, here = round_trip(running, dt, steps), round_trip(batch, dt, steps)
             on_measure(f"momentum {m:g}: 2-form")
             omega = omega_invariance(running, dt, steps, pairs)
-            doses.append(Dose(float(m), there.state, omega.epsilon, here.buffers, here.energy))
+            doses.append(Dose(m, there.state, omega.epsilon, here.buffers, here.energy))
             if seconds is not None:
                 for system in (running, batch):
                     add_seconds(seconds, system.clock.seconds)

@@ -88,10 +88,10 @@ class HamiltonianSystem:
                   step also updates the running statistics, which are hidden state.
         "running" each step first updates the running statistics from its batch by the rule of a
                   train-mode forward pass (momentum m of the layer), then holds them fixed for both
-                  half kicks. The map depends on history and the force is no gradient.
+                  half kicks. The map depends on history and the force is no gradient. A forward
+                  pass has to apply every layer once.
         "frozen"  running statistics are calibrated at the start of a probe (mean over all batches
-        of
-                  the moments at q) and held fixed.
+                  and applications of a layer of the moments at q) and held fixed.
     seed: of the initial momenta and of random layers.
     temperature: T; initial momenta are normal with covariance T·M (on average K = NT/2). 0: at
     rest.
@@ -141,7 +141,10 @@ class HamiltonianSystem:
             )
         for name, q in named.items():
             if not q.is_floating_point():
-                raise TypeError(f"model: expected float parameters, got {name} of {q.dtype}")
+                raise TypeError(
+                    f"model: expected float parameters, got {q.dtype} in {name!r}; keep real and "
+                    f"imaginary parts, as torch.view_as_real gives them, in a float parameter"
+                )
         devices = {q.device for q in named.values()}
         if len(devices) > 1:
             raise ValueError(f"model: expected all parameters on one device, got {devices}")
@@ -265,23 +268,26 @@ class HamiltonianSystem:
                     state.b[name] = torch.lerp(state.b[name], moments[name], m)
 
     def batch_moments(self, q: Sequence[Tensor], b: dict[str, Tensor], t: int) -> dict[str, Tensor]:
-        """Mean and unbiased variance of batch t in every BatchNorm layer, named like the buffers.
+        """Mean and unbiased variance of batch t in every BatchNorm layer, named like the buffers;
+        of a layer applied several times the mean of these, which "running" refuses.
 
         All layers normalise by the batch, as in a train-mode forward pass; b is not written.
         """
         with functional_normalization(self.layers) as moments:
             self.output(q, b, t)
-        for layer, found in moments.items():
-            if len(found) > 1:
+        for layer in self.layers if self.regime == "running" else ():
+            if (times := len(moments.get(layer, []))) != 1:
                 raise ValueError(
-                    f"model: expected each BatchNorm layer once in a forward pass with "
-                    f"regime={self.regime!r}, got {layer!r} {len(found)} times. Give each place a "
-                    f'layer of its own, or take regime="batch"'
+                    f"model: expected a forward pass to apply every BatchNorm layer once in the "
+                    f'regime "running", got {layer!r} applied {times} times; give each application '
+                    f'a layer of its own, or take the regime "batch"'
                 )
         return {
-            join(layer, slot): moment
-            for layer, (pair,) in moments.items()
-            for slot, moment in zip(("running_mean", "running_var"), pair, strict=True)
+            join(layer, slot): torch.stack(values).mean(0)
+            for layer, applications in moments.items()
+            for slot, values in zip(
+                ("running_mean", "running_var"), zip(*applications, strict=True)
+            )
         }
 
     def count_batch(self, state: State) -> dict[str, float]:

@@ -15,6 +15,9 @@ from .intervals import Interval, mean_interval
 from .push_tangents import check_method, push, refuse_sharded
 from .subspaces import SUBSPACES, directions, split_pairs
 
+#: exp of more is beyond fp64
+_LARGEST_EXPONENT = 709.0
+
 
 @dataclass(frozen=True)
 class OmegaInvariance:
@@ -65,8 +68,8 @@ def omega_invariance(
     tangents: "jvp" — exact derivatives, forward over reverse, kinks of ReLU or max-pool do no harm;
         costs 2K batched Hessian-vector products, K + 1 on one batch (see `push_tangents`). In the
         regime "running" the derivative follows the running statistics as well. "fd" — central
-        differences, a cross-check; up to 8K gradients for each of the 2k tangents. chunk: tangents
-        at a time, of `push_tangents`.
+        differences, a cross-check; 22K gradients and up to 12K for each of the 2k tangents. chunk:
+        tangents at a time, of `push_tangents`.
     draws: repeats with other directions (for "hessian", other starts); more than one gives an
         interval.
 
@@ -76,8 +79,9 @@ def omega_invariance(
     the rounding u √(6K) divided by the relative increment takes the place of u √(6K) (truncation,
     which kinks dominate, is not in it).
 
-    Returns an `OmegaInvariance`. TypeError, ValueError: arguments out of range, pairs > N, sharded
-    parameters (DTensor has no second derivatives). The model is left as it was, whatever happens.
+    Returns an `OmegaInvariance`. TypeError, ValueError: arguments out of range, pairs > N, γKdt >
+    709, sharded parameters (DTensor has no second derivatives). The model is left as it was,
+    whatever happens.
 
     >>> import torch, gti_kernels as gti
     >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 1))
@@ -90,17 +94,13 @@ def omega_invariance(
     Source: Leimkuhler & Reich, Simulating Hamiltonian Dynamics (2004), ch. 3; McLachlan &
     Perlmutter, Conformal Hamiltonian systems (2001).
     """
-    check_system(system)
-    dt = finite("dt", dt)
-    steps = whole("steps", steps)
-    pairs = whole("pairs", pairs)
+    check_arguments(system, dt, steps, pairs, tangents)
+    dt = float(dt)
     draws = whole("draws", draws)
-    check_invariance(system, dt, steps, pairs, tangents)
     if subspace not in SUBSPACES:
         raise ValueError(f"subspace: expected one of {SUBSPACES}, got {subspace!r}")
     if chunk is not None:
         chunk = whole("chunk", chunk)
-    refuse_sharded(system)
     begin = system.clock.now()
     values, floors, undamped, volumes, kinks = [], [], [], [], 0
     with system.session():
@@ -134,15 +134,19 @@ def omega_invariance(
     )
 
 
-def check_invariance(
+def check_arguments(
     system: HamiltonianSystem, dt: float, steps: int, pairs: int, tangents: str
 ) -> None:
-    """Raises for a combination of arguments that `omega_invariance` cannot take."""
+    """TypeError or ValueError unless `omega_invariance` takes these."""
+    check_system(system)
+    dt, steps, pairs = finite("dt", dt), whole("steps", steps), whole("pairs", pairs)
     if pairs > system.size:
         raise ValueError(f"pairs: expected at most N = {system.size} directions, got {pairs}")
     check_method("tangents", tangents)
-    if system.damping * steps * abs(dt) > 700.0:
+    refuse_sharded(system)
+    if system.damping * steps * abs(dt) > _LARGEST_EXPONENT:
         raise ValueError(
-            f"steps: expected damping·steps·|dt| of at most 700, as e^(damping·steps·dt) is taken "
-            f"out, got damping = {system.damping}, steps = {steps}, dt = {dt}"
+            f"dt, steps: expected damping * steps * |dt| <= {_LARGEST_EXPONENT:.0f}, so that "
+            f"e^(damping * steps * dt) is finite, got {system.damping:g} * {steps} * {abs(dt):g}; "
+            f"take fewer or smaller steps"
         )

@@ -17,7 +17,7 @@ from .hamiltonian_system import HamiltonianSystem, State, check_system
 from .rounding import walk
 from .tangent_map import MEMORY, Differentiator, chunk_of, push_step
 
-#: Increments that "fd" tries, in units of ‖z₀‖ / ‖tangent‖.
+#: Increments that "fd" tries, in units of ‖z₀‖ / ‖tangent‖, of 1 / ‖tangent‖ where z₀ = 0.
 SWEEP = (1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
 
 
@@ -26,10 +26,10 @@ class PushedTangents:
     """dq, dp: the tangents after K steps, lists over parameters of [m, *shape], fp64.
 
     method: "forward over reverse", "double backward" or "central differences". chunk: tangents at a
-    time. increment: of central differences, in units of ‖z₀‖ / ‖tangent‖ (of 1 / ‖tangent‖ where
-    z₀ = 0), else 0; kinks: the numbers of the tangents whose difference crossed a kink (of ReLU or
-    max-pool; one of a derivative, as of ELU, may go unseen), and is not to be trusted. rounding:
-    what rounding explains of a pushed tangent, relative to its size.
+    time. increment: of central differences, in units of `SWEEP`, else 0; kinks: the numbers of the
+    tangents whose difference crossed a jump or a kink of the force (of ReLU, max-pool, Huber loss),
+    and is not to be trusted. rounding: what rounding explains of a pushed tangent, relative to its
+    size.
     """
 
     dq: list[Tensor]
@@ -68,10 +68,10 @@ def push_tangents(
             updated the statistics between them, nor with random layers, which draw anew. A model
             with an op that has no forward rule gets two backward passes for each tangent, with a
             warning; one with an op that cannot be differentiated twice at all is refused, by the
-            name of the op. "fd" — central differences, up to 8K gradients for each tangent and 22K
-            for the increment and the walk of z₀; the
-            increment is the one of `SWEEP` where the difference changes least, and a second
-            difference that does not fall by four when it is halved tells of a kink.
+            name of the op. "fd" — central differences, 22K gradients and 4K to 12K for each
+            tangent, about half as many where steps share them; the increment is the one of `SWEEP`
+            where the difference changes least, and a second difference that does not fall by four
+            at each of two halvings tells of a kink.
         chunk: tangents at a time; None: as many as fit `memory` bytes (1 GiB), estimated from what
             one gradient saves of its activations. The result does not depend on it but for
             rounding.
@@ -186,7 +186,8 @@ def _tangents(system: HamiltonianSystem, name: str, x: Tensor | Sequence[Tensor]
 def _differences(
     system: HamiltonianSystem, z: State, s: State, dt: float, steps: int
 ) -> PushedTangents:
-    """(Φ(z + h d) − Φ(z − h d)) / 2h for each tangent d, h = increment · ‖z₀‖ / ‖d‖."""
+    """(Φ(z + h d) − Φ(z − h d)) / 2h for each tangent d, h = increment · ‖z₀‖ / ‖d‖; 1 for
+    ‖z₀‖ = 0."""
     length = math.sqrt(sum(float(x.square().sum()) for x in z.q + z.p)) or 1.0
     m = len(s.q[0])
     generator = torch.Generator().manual_seed(system.seed)
@@ -218,7 +219,25 @@ def _differences(
     increment = SWEEP[1 + min(range(len(changes)), key=changes.__getitem__)]
 
     here = image(total, 0.0)
-    floor = 64 * walk(torch.float64, 6 * steps) * norm(here)
+    size = max(norm(here), increment * length)  # of the images
+    floor = 64 * walk(torch.float64, 6 * steps) * size
+
+    def bend(ends: list[Tensor]) -> float:
+        return norm([a - 2 * b for a, b in zip(ends, here, strict=True)])
+
+    def kinked(d: list[Tensor], h: float, ends: list[Tensor]) -> bool:
+        # ‖Φ₊ − 2Φ + Φ₋‖ falls by four with half of h where Φ is smooth. A jump of Φ adds a
+        # constant, a kink at a distance δ adds a multiple of h − δ, which one halving may not tell.
+        coarse = bend(ends)
+        for part in (2, 4):
+            if not coarse > floor:
+                return False
+            fine = bend(central(d, h / part)[1])
+            if not 3.0 < coarse / max(fine, floor / 64) < 5.0:
+                return True
+            coarse = fine
+        return False
+
     pushed = State([torch.empty_like(x) for x in s.q], [torch.empty_like(x) for x in s.p], {})
     kinks = []
     for i in range(m):
@@ -227,12 +246,8 @@ def _differences(
         slope, ends = central(d, h)
         for out, x in zip(pushed.q + pushed.p, slope, strict=True):
             out[i] = x
-        # ‖Φ₊ − 2Φ + Φ₋‖ is of second order in h where Φ is smooth, of first where it has a kink.
-        bend = norm([a - 2 * b for a, b in zip(ends, here, strict=True)])
-        if bend > floor:
-            half = norm([a - 2 * b for a, b in zip(central(d, h / 2)[1], here, strict=True)])
-            if not 3.0 < bend / max(half, floor / 64) < 5.0:
-                kinks.append(i)
+        if kinked(d, h, ends):
+            kinks.append(i)
     rounding = walk(torch.float64, 6 * steps) / increment
     return PushedTangents(
         pushed.q, pushed.p, "central differences", 1, increment, tuple(kinks), rounding

@@ -28,9 +28,10 @@ def darboux_pairs(
             gradients of batches 0…k−1 at the start, orthonormalised in this order, so that d_1 is
             the direction of ∇L_0. "hessian" — eigenvectors of the Hessian of L_0 at the start,
             those of the k largest |eigenvalues|, by `power_iteration_operator` (residual 1e-6, at
-            most 1000 products).
-        layer: name of a submodule of the model (as of named_modules): directions within its
-            parameters alone, and of the Hessian its block. None: all parameters.
+            most 1000 products) and one more product of 2k vectors, which tells λ from −λ. Where
+            the k-th and the next |eigenvalue| are equal, and of a multiple eigenvalue, any of them.
+        layer: name of a submodule of the model: directions within its parameters alone (shared
+            ones too), and of the Hessian its block. None: all parameters.
         draw: number of the random draw, also of the iteration's start.
 
     Returns dq, dp: lists over parameters of [2k, *shape], fp64. ValueError, TypeError: arguments
@@ -124,18 +125,21 @@ def _eigenvectors(system: HamiltonianSystem, inside: Tensor, pairs: int, draw: i
         h = hessian_products(system, state, system.unflattened(full))
         return system.flattened(h)[:, inside].T.contiguous()
 
-    # One more than asked for: eigenvalues ±λ are one singular value, and must not be parted.
     triples = power_iteration_operator(
         product,
         None,
         (count, count),
-        k=min(pairs + 1, count),
+        k=pairs,
         max_steps=500,
         tol=1e-6,
         seed=system.seed + draw,
         dtype=torch.float64,
         device=system.device,
     )
-    v = torch.linalg.qr(triples.v)[0]
-    curvatures, rotation = torch.linalg.eigh(v.T @ product(v))
-    return v @ rotation[:, curvatures.abs().argsort(descending=True)[:pairs]]
+    # A singular vector v of λ and −λ mixes both; it spans their eigenvectors with u = H v / |λ|.
+    basis = torch.linalg.qr(torch.cat([triples.v, triples.u], dim=1))[0]
+    image = basis.T @ product(basis)
+    if not bool(torch.isfinite(image).all()):
+        raise ValueError("subspace: expected a finite Hessian at the start, got NaN or Inf")
+    values, vectors = torch.linalg.eigh(image)
+    return basis @ vectors[:, values.abs().argsort(descending=True)[:pairs]]
