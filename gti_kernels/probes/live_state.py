@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -46,9 +46,9 @@ def seed_generators(device: torch.device, seed: int) -> None:
         torch.cuda.default_generators[index].manual_seed(seed)
 
 
-def kept_buffers(b: dict[str, Tensor]) -> Callable[[], None]:
-    """A function that gives back the values of now to those of `b` that were written since."""
-    kept = [(x, x._version, x.clone()) for x in b.values() if not isinstance(x, nn.Parameter)]
+def kept_values(tensors: Iterable[Tensor]) -> Callable[[], None]:
+    """A function that gives back their values of now to those tensors that were written since."""
+    kept = [(x, x._version, x.clone()) for x in tensors]
 
     def restore() -> None:
         with torch.no_grad(), torch._C._DisableFuncTorch():

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from ..ops.leapfrog import kick_, kick_drift_
 from .batch_statistics import functional_normalization
 from .hamiltonian_system import HamiltonianSystem, State, laid_out_like
-from .live_state import kept_buffers
+from .live_state import kept_values
 
 #: Bytes that the activations of one batch of tangents may take (`chunk_of`).
 MEMORY = 2**30
@@ -161,7 +161,8 @@ def chunk_of(system: HamiltonianSystem, state: State, memory: int) -> int:
         return x
 
     hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda x: x)
-    layers, restore = system.layers if system.regime == "batch" else {}, kept_buffers(state.b)
+    layers = system.layers if system.regime == "batch" else {}
+    restore = kept_values(state.b[name] for name in system.buffers)
     try:
         with torch.enable_grad(), hooks, sdpa_kernel(SDPBackend.MATH):
             q = [x.detach().requires_grad_() for x in state.q]
@@ -226,7 +227,7 @@ def force(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """∇L_t(q; b) and its derivative along the tangents."""
     layers = system.layers if system.regime in ("batch", "running") else {}
-    restore = kept_buffers(state.b)
+    restore = kept_values(state.b[name] for name in system.buffers)
 
     def gradient(q: list[Tensor], b: dict[str, Tensor]) -> list[Tensor]:
         restore()  # one evaluation advances them, however many this takes
