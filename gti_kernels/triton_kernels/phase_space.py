@@ -357,8 +357,8 @@ def grid_kernel(
         inside &= within(by, 1 << 51) & within(position, 1 << 62) | (lanes >= moved)
         r, remaining = part(table + 2 * items, item, count, True)
         r = load_block(pointer(r, T, False) + start, lanes, remaining, False, tl.float64)
-        # At Q = 0 not a sum, which would lose the sign of a zero.
-        shown = tl.where(position == 0, r, unit_q * position.to(tl.float64) + r)
+        shown = unit_q * position.to(tl.float64) + r
+        shown = tl.where(shown == 0.0, r, shown)  # only where Q = 0: r with the sign of its zero
         if T is tl.bfloat16:
             half = nearest_bf16(shown.to(tl.float32))
             store_block(pointer(q, tl.int16, False) + start, lanes, moved, half, False)
