@@ -282,3 +282,10 @@ def test_dt_zero_is_bracketed_and_bisected(monkeypatch):
     system = quadratic_system()
     assert energy_drift(system, (0.01, 0.02, 0.1), 10).dt_zero == pytest.approx(0.03, rel=0.01)
     assert energy_drift(system, (0.01, 0.02), 10).dt_zero is None
+
+
+def test_a_decay_beyond_fp64_is_refused_on_the_way_back():
+    system = quadratic_system(damping=20.0)
+    with pytest.raises(ValueError, match="dt: expected damping.* at most 709 .* dt = -100"):
+        round_trip(system, 100.0, 2)
+    assert system.decay(100.0) == 0.0

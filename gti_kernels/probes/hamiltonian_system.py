@@ -232,7 +232,7 @@ class HamiltonianSystem:
 
         grid: of `self.grid(state)`; then −dt goes back to the bit.
         """
-        damp = math.exp(-self.damping * dt / 2)
+        damp = self.decay(dt)
         self.update_statistics(state, t)
         force = self._shared_gradient(state, t)
         if grid is not None:
@@ -258,6 +258,16 @@ class HamiltonianSystem:
         force = self._shared_gradient(state, t)
         with self.clock("kernels"):
             kick_(state.p, force, damp * dt / 2, damp=damp, backend=self.backend)
+
+    def decay(self, dt: float) -> float:
+        """e^{−γ dt/2}, of half a step."""
+        exponent = -self.damping * dt / 2
+        if exponent > 709.0:
+            raise ValueError(
+                f"dt: expected damping·|dt|/2 of at most 709 on the way back, where p grows by "
+                f"e^(damping·|dt|/2), got damping = {self.damping:g}, dt = {dt:g}"
+            )
+        return math.exp(exponent)
 
     def update_statistics(self, state: State, t: int) -> None:
         """In the regime "running": b ← (1 − m) b + m·(moments of batch t at q); else nothing."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -195,7 +194,7 @@ def push_step(
     Where the next step's first half kick asks for the same products, they are not formed again
     (`LastForce`).
     """
-    damp = math.exp(-system.damping * dt / 2)
+    damp = system.decay(dt)
     if system.regime == "running" and system.layers:
         _push_statistics(system, state, tangents, t, differential)
     for half in (0, 1):
