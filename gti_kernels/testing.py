@@ -67,12 +67,12 @@ def with_spectrum(
     """A random [m, n] matrix U diag(s) Vᵀ with the singular values s, at most min(m, n) of them."""
     generator = torch.Generator().manual_seed(seed)
     k = s.numel()
-    u = torch.linalg.qr(torch.randn(m, k, generator=generator, dtype=torch.float64, device="cpu"))[
-        0
-    ]
-    v = torch.linalg.qr(torch.randn(n, k, generator=generator, dtype=torch.float64, device="cpu"))[
-        0
-    ]
+    u, v = (
+        torch.linalg.qr(torch.randn(x, k, generator=generator, dtype=torch.float64, device="cpu"))[
+            0
+        ]
+        for x in (m, n)
+    )
     return ((u * s.double()) @ v.T).to(dtype)
 
 

@@ -291,6 +291,14 @@ CASES = [
     ),
     ("leapfrog_", ValueError, "steps", lambda t, **b: gti.leapfrog_(t.a, t.b, abs, 0.1, steps=1.5)),
     ("leapfrog_", ValueError, "dt", lambda t, **b: gti.leapfrog_(t.a, t.b, abs, NAN, **b)),
+    ("leapfrog_", ValueError, "dt", lambda t, **b: gti.leapfrog_(t.a, t.b, abs, t.a, **b)),
+    ("leapfrog_", ValueError, "dt", lambda t, **b: gti.leapfrog_(t.a, t.b, abs, t.scalar * NAN)),
+    (
+        "leapfrog_",
+        RuntimeError,
+        "dt.detach",
+        lambda t, **b: gti.leapfrog_(t.a, t.b, abs, t.scalar.clone().requires_grad_(), **b),
+    ),
     (
         "leapfrog_",
         ValueError,

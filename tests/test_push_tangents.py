@@ -16,6 +16,7 @@ import gti_kernels as gti
 from gti_kernels.probes import push_tangents as module
 from gti_kernels.probes.hamiltonian_system import HamiltonianSystem, State
 from gti_kernels.probes.tangent_map import Differentiator, chunk_of, force, push_step
+from gti_kernels.probes.torch_functions import PlainFunctions
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -529,6 +530,7 @@ def test_checkpoints_recompute_at_the_positions_of_the_walk():
         lambda o, y: F.mse_loss(o, torch.zeros_like(o)),
         lambda o, y: nn.MSELoss()(o, target=y[0].to(o.dtype)),
         lambda o, y: F.mse_loss(o, y[0], reduction="sum"),
+        lambda o, y: F.mse_loss(o, y[0], reduction="none").mean(),
     ],
 )
 def test_mean_squares_of_targets_of_any_kind(loss):
@@ -672,3 +674,13 @@ def test_sparse_gradients_of_embeddings_are_dense_here(bag):
     assert gti.round_trip(system, 0.1, 2, exact=True).state == 0.0
     if not bag:  # whose derivative torch cannot differentiate
         assert_tangents(system)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_squared_errors_are_those_of_torch(reduction, weighted):
+    o, y, w = torch.randn(3, 4), torch.randn(3, 4), torch.rand(3, 4)
+    options = {"reduction": reduction, **({"weight": w} if weighted else {})}
+    with PlainFunctions():
+        got = F.mse_loss(o, y, **options)
+    torch.testing.assert_close(got, F.mse_loss(o, y, **options))

@@ -228,6 +228,7 @@ def leapfrog_(
     tensor([0.5400], dtype=torch.float64)
     """
     qs, ps = tensor_list(q), tensor_list(p)
+    refuse_derivative("leapfrog_", [dt], "Pass dt.detach()")
     (dt,) = scalars("leapfrog_", qs, dt=dt)
     sizes = stage_sizes("leapfrog_", dt, steps, order, composition)
     damping = finite("leapfrog_", "damping", damping)

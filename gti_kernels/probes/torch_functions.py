@@ -58,9 +58,13 @@ class PlainFunctions(TorchFunctionMode):
             kwargs = {**kwargs, "sparse": False} if "sparse" in kwargs else kwargs
         elif func is torch._weight_norm:
             return _weight_norm(*args, **kwargs)
-        elif func is F.mse_loss and kwargs.get("reduction", "mean") == "mean" and len(args) < 3:
+        elif func is F.mse_loss and len(args) < 3 and _is_plain_mean(kwargs):
             return func(*args, **{**kwargs, "reduction": "none"}).mean()
         return func(*args, **kwargs)
+
+
+def _is_plain_mean(kwargs: dict[str, Any]) -> bool:
+    return kwargs.get("reduction", "mean") == "mean" and kwargs.get("weight") is None
 
 
 def _contiguous(x: Any) -> Any:
