@@ -58,7 +58,9 @@ class PhaseSpace:
     the momentum and the position return to the bit. For a kick ∇L must be the same to the bit, and
     None for the same parameters: a checksum of the increments tells, and the call raises and names
     the step where it is not. u is 2⁻⁴⁸ of the largest |q| of a tensor, v 2⁻⁴⁰ of the largest
-    |p|, either at least 1/16, and 1 where all are zero. The bits are the same on every backend.
+    |p|, either at least 1/16, and 1 where all are zero. One move may change Q and P by less than
+    2⁵¹ (8 of these sizes of q, 2048 of p), and they stay within ±2⁶². The bits are the same on
+    every backend.
 
     Args:
         params: the positions q, a tensor or tensors; fp64, fp32, bf16 or fp16, one device. Leaves

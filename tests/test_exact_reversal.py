@@ -498,3 +498,26 @@ def test_a_gradient_that_is_no_number_leaves_all_as_it_was():
     with pytest.raises(OverflowError, match=r"no number.*energy cap"):
         space.kick_drift_(0.1, 0.1, grads=[torch.full_like(q, math.nan)])
     assert same_bits([q, *space.momenta], before)
+
+
+@every_backend
+@every_dtype
+def test_an_increment_beyond_its_limit_is_an_error_though_the_coordinate_would_fit(dtype, backend):
+    q = torch.ones(21, dtype=dtype)
+    space = gti.PhaseSpace(q, inv_mass=1.0, momentum=torch.ones(21), exact=True, backend=backend)
+    before = copies([q, *space.momenta])
+    ones = [torch.ones_like(q)]
+    for step in (2047.0, -2047.0):  # 2¹¹ of the scale of p
+        space.kick_(step, grads=ones)
+    for step in (7.9, -7.9):  # 2³ of the scale of q
+        space.drift_(step)
+    for beyond in (
+        lambda: space.kick_(2049.0, grads=ones),
+        lambda: space.kick_drift_(-2049.0, 1e-6, grads=ones),
+        lambda: space.drift_(8.1),
+        lambda: space.drift_(-100.0),
+        lambda: space.kick_drift_(0.0, 8.1, grads=ones),
+    ):
+        with pytest.raises(OverflowError, match="would leave the grid"):
+            beyond()
+    assert same_bits([q, *space.momenta], before)
