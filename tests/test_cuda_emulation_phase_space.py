@@ -201,7 +201,7 @@ def test_overflow_of_the_grid_is_found_and_undone(emulated, step):
     assert same_bits([*q, *space._engine.P, *space._engine.Q], before)
 
 
-@pytest.mark.parametrize("limit", ["increment", "coordinate"])
+@pytest.mark.parametrize("limit", ["increment", "increment of a drift", "coordinate"])
 @pytest.mark.parametrize("sign", [-1, 1])
 def test_limits_of_the_grid(emulated, limit, sign):
     """The largest number inside, the smallest outside: flags and bits of the CPU."""
@@ -210,7 +210,10 @@ def test_limits_of_the_grid(emulated, limit, sign):
         Q = torch.zeros(5, dtype=torch.int64)
         P = torch.zeros(5, dtype=torch.int64)
         grad = torch.zeros(5, dtype=torch.float64)
-        if limit == "increment":
+        drifts = limit == "increment of a drift"
+        if drifts:
+            P[3] = sign * (2**51 - 1 if inside else 2**51 + 1)
+        elif limit == "increment":
             grad[3] = -sign * (2.0**51 - 1 if inside else 2.0**51 + 1)
         else:
             edge = 2**62 - 2 if sign > 0 else -(2**62) + 1
@@ -218,7 +221,8 @@ def test_limits_of_the_grid(emulated, limit, sign):
         q = torch.zeros(5, dtype=torch.float64)
         seen = [[x.view(torch.float64)] for x in (Q, P)]
         plan = device_plans.GridPlan(phase_space, [q], *seen, [None], [1.0], [], [1.0], [1.0])
-        _, found, _ = plan.step([grad], (), True, False, False, 1.0, 0.0, 1.0, {})
+        grads = None if drifts else [grad]
+        _, found, _ = plan.step(grads, (), not drifts, drifts, False, 1.0, 1.0, 1.0, {})
         assert found == inside
 
 
